@@ -1,0 +1,173 @@
+"""
+Softmax cross-entropy and token log-probabilities: one pass of statistics, one pass of gradient.
+
+Contract
+    logits (N, V), targets (N,) int; z = scale logits (scale = 1 / temperature > 0), m = max_j z_j, x = z - m <= 0.
+    forward returns, each (N,):
+        m      log_total = log sum_j e^x_j      x_target      x_sum = sum_j x_j      x_mean = sum_j p_j x_j
+    and everything else is arithmetic on N numbers, exact under a shift of the logits:
+        log p_target = x_target - log_total                          cross-entropy = -log p_target
+        log sum_j e^z_j = m + log_total          (z-loss)            mean_j log p_j = x_sum / V - log_total  (smoothing)
+        entropy = log_total - x_mean
+    backward takes four numbers a, b, c, d per row and returns dlogits = scale (p (a + b x) + c [j = target] + d).
+    A row whose target is negative is ignored: its logits are not read, its statistics and its gradient are 0.
+
+Derivation
+    p_j = e^(x_j - log_total)      d log_total / dz_j = p_j (the shift m cancels)      d z_target / dz_j = [j = target]
+    d(log p_target) = [j = target] - p_j
+    dH / dz_j = -p_j (log p_j + H) = -p_j (x_j - log_total + H)      (sum_j p_j dlog p_j = sum_j dp_j = 0)
+    d(sum_k log p_k) / dz_j = 1 - V p_j
+    Each is a multiple of p, of p x, of the one-hot and of 1, which is what a, b, c and d stand for.
+    x_j = -inf has p_j = 0 and p_j x_j = 0 (the limit).
+
+Rungs
+    reference   the definition, row by row of NumPy
+    numba       a row per task: a max, then one vectorised pass of exp; the gradient is one more pass
+"""
+
+import numpy as np
+
+from .device import empty, upcast, xp_of
+from .jit import exp, jit, prange, prange_jit, row_max
+from .kernel import Kernel
+
+# ------------------------------------------------------------------ reference
+
+
+def _shifted(logits, targets, scale):
+    """z, its row maxima and x; an ignored row reads as zeros."""
+    xp = xp_of(logits)
+    used = (targets >= 0)[:, None]
+    z = xp.where(used, upcast(logits) * scale, 0)
+    m = z.max(1, keepdims=True)
+    return used[:, 0], m, z - m
+
+
+def reference_forward(logits, targets, scale):
+    xp = xp_of(logits)
+    used, m, x = _shifted(logits, targets, scale)
+    e = xp.exp(x)
+    total = e.sum(1)
+    x_target = xp.take_along_axis(x, xp.where(used, targets, 0)[:, None], 1)[:, 0]
+    x_mean = (e * xp.where(e == 0, 0, x)).sum(1) / total
+    rows = m[:, 0], xp.log(total), x_target, x.sum(1), x_mean
+    return tuple(xp.where(used, r, 0).astype(x.dtype) for r in rows)
+
+
+def reference_backward(logits, targets, m, log_total, a, b, c, d, scale):
+    xp = xp_of(logits)
+    used, _, x = _shifted(logits, targets, scale)
+    e = xp.exp(x)
+    p = e / e.sum(1, keepdims=True)
+    px = p * xp.where(p == 0, 0, x)
+    one_hot = xp.arange(logits.shape[1]) == targets[:, None]
+    dz = a[:, None] * p + b[:, None] * px + c[:, None] * one_hot + d[:, None]
+    return xp.where(used[:, None], scale * dz, 0).astype(logits.dtype)
+
+
+def reference_backward_inplace(logits, *rows):
+    logits[...] = reference_backward(logits, *rows)
+    return logits
+
+
+# ------------------------------------------------------------------ numba
+
+_FLOOR = -1e30  # stands in for x = -inf in p x, where p is 0
+
+
+@jit
+def _statistics(row, target, scale, floor):
+    m = row_max(row) * scale
+    total, x_sum, weighted = row.dtype.type(0), row.dtype.type(0), row.dtype.type(0)
+    for j in range(row.size):
+        x = row[j] * scale - m
+        e = exp(x)
+        total += e
+        x_sum += x
+        weighted += e * (x if x > floor else floor)
+    return m, np.log(total), row[target] * scale - m, x_sum, weighted / total
+
+
+@prange_jit
+def _forward(logits, targets, scale, floor, m, log_total, x_target, x_sum, x_mean):
+    for i in prange(targets.size):
+        if targets[i] < 0:
+            m[i], log_total[i], x_target[i], x_sum[i], x_mean[i] = 0, 0, 0, 0, 0
+        else:
+            m[i], log_total[i], x_target[i], x_sum[i], x_mean[i] = _statistics(logits[i], targets[i], scale, floor)
+
+
+def numba_forward(logits, targets, scale):
+    results = tuple(empty(logits, targets.shape) for _ in range(5))
+    dtype = logits.dtype.type
+    _forward(np.ascontiguousarray(logits), np.ascontiguousarray(targets), dtype(scale), dtype(_FLOOR), *results)
+    return results
+
+
+@prange_jit
+def _backward(logits, targets, m, log_total, a, b, c, d, scale, floor, out):
+    for i in prange(targets.size):
+        row, to = logits[i], out[i]
+        if targets[i] < 0:
+            to[:] = 0
+            continue
+        m_i, log_total_i, a_i, b_i, d_i = m[i], log_total[i], a[i] * scale, b[i] * scale, d[i] * scale
+        for j in range(row.size):
+            x = row[j] * scale - m_i
+            p = exp(x - log_total_i)
+            to[j] = p * (a_i + b_i * (x if x > floor else floor)) + d_i
+        to[targets[i]] += c[i] * scale
+
+
+def _launch_backward(logits, targets, m, log_total, a, b, c, d, scale, out):
+    rows = [np.ascontiguousarray(x, logits.dtype) for x in (m, log_total, a, b, c, d)]
+    dtype = logits.dtype.type
+    _backward(logits, np.ascontiguousarray(targets), *rows, dtype(scale), dtype(_FLOOR), out)
+    return out
+
+
+def numba_backward(logits, *rows):
+    return _launch_backward(np.ascontiguousarray(logits), *rows, out=empty(logits, logits.shape))
+
+
+def numba_backward_inplace(logits, *rows):
+    if not logits.flags.c_contiguous:
+        raise ValueError("cross_entropy_backward_inplace writes into C-contiguous logits only")
+    return _launch_backward(logits, *rows, out=logits)
+
+
+# ------------------------------------------------------------------ table
+
+
+def _example(rng, size):
+    N, V = (2048, 8192) if size == "large" else (int(rng.integers(1, 8)), int(rng.choice([1, 2, 5, 16, 31, 67, 130])))
+    logits = rng.standard_normal((N, V)) * rng.choice([1, 30])
+    targets = rng.integers(0, V, N)
+    targets[rng.random(N) < 0.2] = -100
+    return (logits, targets, float(rng.choice([1.0, 0.7]))), {}
+
+
+def _backward_example(rng, size):
+    (logits, targets, scale), _ = _example(rng, size)
+    m, log_total, *_ = reference_forward(logits, targets, scale)
+    return (logits, targets, m, log_total, *rng.standard_normal((4, len(targets))), scale), {}
+
+
+forward = Kernel(
+    "cross_entropy_forward",
+    reference=reference_forward,
+    versions={"numba": numba_forward},
+    example=_example,
+)
+backward = Kernel(
+    "cross_entropy_backward",
+    reference=reference_backward,
+    versions={"numba": numba_backward},
+    example=_backward_example,
+)
+backward_inplace = Kernel(
+    "cross_entropy_backward_inplace",
+    reference=reference_backward_inplace,
+    versions={"numba": numba_backward_inplace},
+    example=_backward_example,
+)

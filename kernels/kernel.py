@@ -1,0 +1,51 @@
+"""A kernel is one function with several versions: the readable reference, and a fast one per way of writing it."""
+
+import os
+
+import numpy as np
+
+KERNELS = []  # every Kernel made, so that tests and benchmarks need no list of their own
+
+# The fastest version for an array's device comes first.
+_PREFERENCE = {"cpu": ("numba",), "cuda": ("cuda", "numba_cuda")}
+
+
+class Kernel:
+    """One name, one reference, its named versions, and examples of its arguments.
+
+    name       what benchmarks and tests call it
+    reference  plain array code for any device and float dtype: the specification the versions are tested against
+    versions   {"numba": function, "cuda": function, ...}, same arguments and results as the reference
+    example    example(rng, size) -> (args, kwargs) in float64; size is "ragged" (small, awkward) or "large" (timing)
+
+    Calling a Kernel runs the fastest version for the first array's device, or the reference where there is none.
+    MINILLM_KERNELS=reference in the environment makes every call take the reference.
+    """
+
+    def __init__(self, name, *, reference, versions, example):
+        self.name, self.reference, self.versions, self.example = name, reference, versions, example
+        KERNELS.append(self)
+
+    def __repr__(self):
+        return f"Kernel({self.name!r}, versions={['reference', *self.versions]})"
+
+    def __call__(self, *args, **kwargs):
+        return self.version(self.choose(args[0]))(*args, **kwargs)
+
+    def choose(self, x):
+        """The name of the version a call with first array `x` would run."""
+        if os.environ.get("MINILLM_KERNELS") == "reference":
+            return "reference"
+        # Numba knows no 16-bit floats; the reference upcasts them.
+        device = "cpu" if isinstance(x, np.ndarray) else "cuda"
+        if device == "cpu" and x.dtype not in (np.float32, np.float64):
+            return "reference"
+        return next((name for name in _PREFERENCE[device] if name in self.versions), "reference")
+
+    def version(self, name):
+        """The version called `name`; "reference" is one of them."""
+        if name == "reference":
+            return self.reference
+        if name not in self.versions:
+            raise KeyError(f"kernel {self.name} has no version {name!r}, only {['reference', *self.versions]}")
+        return self.versions[name]

@@ -1,0 +1,130 @@
+"""
+LayerNorm (Ba, Kiros and Hinton 2016, eq. 4) and its gradient.
+
+Contract
+    x (..., D), weight and bias (D,);   u = mean_d x_d,  r = 1 / sqrt(mean_d (x_d - u)^2 + eps)  per row,
+    y = weight n + bias   with   n = (x - u) r
+    forward returns y, u and r (one number each per row);   backward(dy, x, weight, u, r) returns dx, dweight, dbias.
+
+Derivation, with g = dy weight
+    dx = r (g - mean_d(g) - n mean_d(g n))
+    (the first mean comes from u, the second from r; n has mean 0 and so the two do not mix)
+    dweight = sum over rows of dy n        dbias = sum over rows of dy
+
+Rungs
+    reference   the definition
+    numba       blocks of 64 rows; dweight and dbias as one partial sum per block, added in order
+"""
+
+import numpy as np
+
+from .device import empty, rows_of, upcast, xp_of
+from .jit import BLOCK, prange, prange_jit
+from .kernel import Kernel
+
+# ------------------------------------------------------------------ reference
+
+
+def reference_forward(x, weight, bias, eps):
+    xp, wide = xp_of(x), upcast(x)
+    u = wide.mean(-1, keepdims=True)
+    r = 1 / xp.sqrt(((wide - u) ** 2).mean(-1, keepdims=True) + eps)
+    return ((wide - u) * r * weight + bias).astype(x.dtype), u.reshape(-1), r.reshape(-1)
+
+
+def reference_backward(dy, x, weight, u, r):
+    wide, dy = upcast(x), upcast(dy)
+    u, r = u.reshape(*x.shape[:-1], 1), r.reshape(*x.shape[:-1], 1)
+    n, g = (wide - u) * r, dy * weight
+    dx = r * (g - g.mean(-1, keepdims=True) - n * (g * n).mean(-1, keepdims=True))
+    rows = tuple(range(x.ndim - 1))
+    return dx.astype(x.dtype), (dy * n).sum(rows).astype(weight.dtype), dy.sum(rows).astype(weight.dtype)
+
+
+# ------------------------------------------------------------------ numba
+
+
+@prange_jit
+def _forward(x, weight, bias, eps, y, u, r):
+    N, D = x.shape
+    one, share = x.dtype.type(1), x.dtype.type(1 / D)  # a division by the integer D would make the arithmetic float64
+    for i in prange(N):
+        row, to = x[i], y[i]
+        total, squares = x.dtype.type(0), x.dtype.type(0)
+        for d in range(D):
+            total += row[d]
+        mean = total * share
+        for d in range(D):
+            squares += (row[d] - mean) * (row[d] - mean)
+        u[i], r[i] = mean, one / np.sqrt(squares * share + eps)
+        for d in range(D):
+            to[d] = (row[d] - mean) * r[i] * weight[d] + bias[d]
+
+
+def numba_forward(x, weight, bias, eps):
+    y, rows = empty(x, x.shape), rows_of(x)
+    u, r = empty(x, (len(rows),)), empty(x, (len(rows),))
+    weight, bias = np.ascontiguousarray(weight, x.dtype), np.ascontiguousarray(bias, x.dtype)
+    _forward(rows, weight, bias, x.dtype.type(eps), y.reshape(rows.shape), u, r)
+    return y, u, r
+
+
+@prange_jit
+def _backward(dy, x, weight, u, r, dx, partial_weight, partial_bias):
+    N, D = x.shape
+    share = x.dtype.type(1 / D)
+    for block in prange(len(partial_weight)):
+        dweight, dbias = partial_weight[block], partial_bias[block]
+        dweight[:], dbias[:] = 0, 0
+        for i in range(block * BLOCK, min((block + 1) * BLOCK, N)):
+            from_, row, to, u_i, r_i = dy[i], x[i], dx[i], u[i], r[i]
+            mean_g, mean_gn = x.dtype.type(0), x.dtype.type(0)
+            for d in range(D):
+                n, g = (row[d] - u_i) * r_i, from_[d] * weight[d]
+                dweight[d] += from_[d] * n
+                dbias[d] += from_[d]
+                mean_g += g
+                mean_gn += g * n
+            mean_g, mean_gn = mean_g * share, mean_gn * share
+            for d in range(D):
+                n, g = (row[d] - u_i) * r_i, from_[d] * weight[d]
+                to[d] = r_i * (g - mean_g - n * mean_gn)
+
+
+def numba_backward(dy, x, weight, u, r):
+    rows, dx = rows_of(x), empty(x, x.shape)
+    blocks = (-(-len(rows) // BLOCK), x.shape[-1])
+    dweight, dbias = empty(x, blocks), empty(x, blocks)
+    weight_row = np.ascontiguousarray(weight, x.dtype)
+    _backward(rows_of(dy), rows, weight_row, u, r, dx.reshape(rows.shape), dweight, dbias)
+    return dx, dweight.sum(0).astype(weight.dtype), dbias.sum(0).astype(weight.dtype)
+
+
+# ------------------------------------------------------------------ table
+
+
+def _example(rng, size):
+    if size == "large":
+        N, D = 8192, 512
+    else:
+        N, D = int(rng.choice([1, 2, 5, BLOCK - 1, BLOCK + 1, 2 * BLOCK + 1])), int(rng.choice([2, 7, 16, 67]))
+    return (rng.standard_normal((N, D)), rng.standard_normal(D), rng.standard_normal(D), 1e-5), {}
+
+
+def _backward_example(rng, size):
+    (x, weight, bias, eps), _ = _example(rng, size)
+    return (rng.standard_normal(x.shape), x, weight, *reference_forward(x, weight, bias, eps)[1:]), {}
+
+
+forward = Kernel(
+    "layer_norm_forward",
+    reference=reference_forward,
+    versions={"numba": numba_forward},
+    example=_example,
+)
+backward = Kernel(
+    "layer_norm_backward",
+    reference=reference_backward,
+    versions={"numba": numba_backward},
+    example=_backward_example,
+)

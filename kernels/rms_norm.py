@@ -1,0 +1,123 @@
+"""
+RMSNorm (Zhang and Sennrich 2019, eq. 4) and its gradient.
+
+Contract
+    x (..., D), weight (D,);   r = 1 / sqrt(mean_d x_d^2 + eps)  per row,   y = weight x r
+    forward returns y and r (one number per row);   backward(dy, x, weight, r) returns dx and dweight.
+
+Derivation, with n = x r the normalised row and g = dy weight
+    dr = -r^3 (x . dx) / D        so        dx = r (g - n mean_d(g n))
+    (the step that is not obvious: the mean comes from r, through which every x_d moves every y_d)
+    dweight = sum over rows of dy n
+
+Rungs
+    reference   the definition
+    numba       blocks of 64 rows; dweight as one partial sum per block, added in order
+"""
+
+import numpy as np
+
+from .device import empty, rows_of, upcast, xp_of
+from .jit import BLOCK, jit, prange, prange_jit
+from .kernel import Kernel
+
+# ------------------------------------------------------------------ reference
+
+
+def reference_forward(x, weight, eps):
+    xp, wide = xp_of(x), upcast(x)
+    r = 1 / xp.sqrt((wide * wide).mean(-1, keepdims=True) + eps)
+    return (wide * r * weight).astype(x.dtype), r.reshape(-1)
+
+
+def reference_backward(dy, x, weight, r):
+    wide, dy = upcast(x), upcast(dy)
+    r = r.reshape(*x.shape[:-1], 1)
+    n, g = wide * r, dy * weight
+    dx = r * (g - n * (g * n).mean(-1, keepdims=True))
+    dweight = (dy * n).sum(tuple(range(x.ndim - 1)))
+    return dx.astype(x.dtype), dweight.astype(weight.dtype)
+
+
+# ------------------------------------------------------------------ numba
+
+
+@jit
+def _sum_of_products(x, y):
+    total = x.dtype.type(0)
+    for d in range(x.size):
+        total += x[d] * y[d]
+    return total
+
+
+@prange_jit
+def _forward(x, weight, eps, y, r):
+    N, D = x.shape
+    one, share = x.dtype.type(1), x.dtype.type(1 / D)  # a division by the integer D would make the arithmetic float64
+    for i in prange(N):
+        row, to = x[i], y[i]
+        r[i] = one / np.sqrt(_sum_of_products(row, row) * share + eps)
+        for d in range(D):
+            to[d] = row[d] * r[i] * weight[d]
+
+
+def numba_forward(x, weight, eps):
+    y, rows = empty(x, x.shape), rows_of(x)
+    r = empty(x, (len(rows),))
+    _forward(rows, np.ascontiguousarray(weight, x.dtype), x.dtype.type(eps), y.reshape(rows.shape), r)
+    return y, r
+
+
+@prange_jit
+def _backward(dy, x, weight, r, dx, partial):
+    N, D = x.shape
+    share = x.dtype.type(1 / D)
+    for block in prange(len(partial)):
+        sums = partial[block]
+        sums[:] = 0
+        g = np.empty(D, x.dtype)
+        for i in range(block * BLOCK, min((block + 1) * BLOCK, N)):
+            from_, row, to, r_i = dy[i], x[i], dx[i], r[i]
+            for d in range(D):
+                sums[d] += from_[d] * row[d] * r_i
+                g[d] = from_[d] * weight[d]
+            shared = _sum_of_products(g, row) * r_i * r_i * share  # mean(g n) r, since n = row r
+            for d in range(D):
+                to[d] = r_i * (g[d] - row[d] * shared)
+
+
+def numba_backward(dy, x, weight, r):
+    rows, dx = rows_of(x), empty(x, x.shape)
+    partial = empty(x, (-(-len(rows) // BLOCK), x.shape[-1]))
+    _backward(rows_of(dy), rows, np.ascontiguousarray(weight, x.dtype), r, dx.reshape(rows.shape), partial)
+    return dx, partial.sum(0).astype(weight.dtype)
+
+
+# ------------------------------------------------------------------ table
+
+
+def _example(rng, size):
+    if size == "large":
+        N, D = 8192, 512
+    else:
+        N, D = int(rng.choice([1, 2, 5, BLOCK - 1, BLOCK + 1, 2 * BLOCK + 1])), int(rng.choice([1, 2, 7, 16, 67]))
+    return (rng.standard_normal((N, D)), rng.standard_normal(D), 1e-5), {}
+
+
+def _backward_example(rng, size):
+    (x, weight, eps), _ = _example(rng, size)
+    return (rng.standard_normal(x.shape), x, weight, reference_forward(x, weight, eps)[1]), {}
+
+
+forward = Kernel(
+    "rms_norm_forward",
+    reference=reference_forward,
+    versions={"numba": numba_forward},
+    example=_example,
+)
+backward = Kernel(
+    "rms_norm_backward",
+    reference=reference_backward,
+    versions={"numba": numba_backward},
+    example=_backward_example,
+)

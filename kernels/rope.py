@@ -1,0 +1,75 @@
+"""
+Rotary position embedding (Su et al. 2021, eq. 34), in the half-split pairing of Hugging Face checkpoints.
+
+Contract
+    x (B, T, H, D) with D even; cos and sin (T, D/2), row t holding the angles of x[:, t].
+    Element d < D/2 and its partner d + D/2 are turned together by the angle of (t, d):
+        y_d = x_d cos - x_(d+D/2) sin        y_(d+D/2) = x_(d+D/2) cos + x_d sin
+
+Derivation
+    A rotation's transpose is the rotation by the opposite angle, so the gradient is the same kernel with -sin.
+
+Rungs
+    reference   the definition
+    numba       one task per (b, t): its angles are read once for all heads
+"""
+
+import numpy as np
+
+from .device import empty, upcast, xp_of
+from .jit import prange, prange_jit, strided
+from .kernel import Kernel
+
+# ------------------------------------------------------------------ reference
+
+
+def reference_rope(x, cos, sin):
+    xp, half = xp_of(x), x.shape[-1] // 2
+    cos, sin, wide = cos[:, None], sin[:, None], upcast(x)
+    a, b = wide[..., :half], wide[..., half:]
+    return xp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+# ------------------------------------------------------------------ numba
+
+
+@prange_jit
+def _rope(x, x_strides, cos, sin, y):
+    B, T, H, D = y.shape
+    half = D // 2
+    for task in prange(B * T):
+        b, t = task // T, task % T
+        c, s = cos[t], sin[t]
+        for h in range(H):
+            first = b * x_strides[0] + t * x_strides[1] + h * x_strides[2]
+            low, high = x[first : first + half], x[first + half : first + D]
+            to_low, to_high = y[b, t, h, :half], y[b, t, h, half:]
+            for d in range(half):
+                to_low[d] = low[d] * c[d] - high[d] * s[d]
+                to_high[d] = high[d] * c[d] + low[d] * s[d]
+
+
+def numba_rope(x, cos, sin):
+    y = empty(x, x.shape)
+    _rope(*strided(x), np.ascontiguousarray(cos, x.dtype), np.ascontiguousarray(sin, x.dtype), y)
+    return y
+
+
+# ------------------------------------------------------------------ table
+
+
+def _example(rng, size):
+    if size == "large":
+        B, T, H, D = 8, 512, 8, 64
+    else:
+        B, T, H, D = (int(rng.choice(n)) for n in ([1, 2, 3], [1, 2, 5, 67], [1, 3], [2, 6, 16, 34]))
+    angles = rng.uniform(0, 100, (T, D // 2))
+    return (rng.standard_normal((B, T, H, D)), np.cos(angles), np.sin(angles)), {}
+
+
+rotate = Kernel(
+    "rope",
+    reference=reference_rope,
+    versions={"numba": numba_rope},
+    example=_example,
+)

@@ -1,0 +1,172 @@
+"""
+SiLU, and SwiGLU's product of a gate and a value (Shazeer 2020, eq. 6), with their gradients.
+
+Contract
+    silu(x) = x s(x),  s(x) = 1 / (1 + e^-x);      swiglu(gate, up) = silu(gate) up;      shapes (..., F), elementwise
+    silu_backward(dy, x) = dx;      swiglu_backward(dy, gate, up) = (dgate, dup)
+
+Derivation
+    s' = s (1 - s)        silu' = s + x s (1 - s) = s (1 + x (1 - s))
+    dgate = dy up silu'(gate)        dup = dy silu(gate)        (s is made again: cheaper than keeping it)
+
+Rungs
+    reference   the definition, with e^-|x| so that nothing overflows
+    numba       one pass per row with the vectorised exp; rows may be halves of a fused gate|up projection
+"""
+
+from .device import empty, upcast, xp_of
+from .jit import exp, jit, prange, prange_jit, strided
+from .kernel import Kernel
+
+# ------------------------------------------------------------------ reference
+
+
+def _sigmoid(x):
+    xp = xp_of(x)
+    e = xp.exp(-xp.abs(x))
+    return xp.where(x >= 0, 1, e) / (1 + e)
+
+
+def reference_silu_forward(x):
+    wide = upcast(x)
+    return (wide * _sigmoid(wide)).astype(x.dtype)
+
+
+def reference_silu_backward(dy, x):
+    wide = upcast(x)
+    s = _sigmoid(wide)
+    return (upcast(dy) * (s + wide * s * (1 - s))).astype(x.dtype)
+
+
+def reference_forward(gate, up):
+    return (upcast(reference_silu_forward(upcast(gate))) * upcast(up)).astype(gate.dtype)
+
+
+def reference_backward(dy, gate, up):
+    wide = upcast(dy)
+    dgate = reference_silu_backward(wide * upcast(up), upcast(gate))
+    return dgate.astype(gate.dtype), (wide * reference_silu_forward(upcast(gate))).astype(up.dtype)
+
+
+# ------------------------------------------------------------------ numba
+
+
+@jit
+def _s(x):
+    one = type(x)(1)
+    return one / (one + exp(-x))
+
+
+@prange_jit
+def _silu_forward(x, stride, y):
+    N, F = y.shape
+    for i in prange(N):
+        row, to = x[i * stride : i * stride + F], y[i]
+        for f in range(F):
+            to[f] = row[f] * _s(row[f])
+
+
+@prange_jit
+def _silu_backward(dy, dy_stride, x, stride, dx):
+    N, F = dx.shape
+    one = dx.dtype.type(1)
+    for i in prange(N):
+        g, row, to = dy[i * dy_stride : i * dy_stride + F], x[i * stride : i * stride + F], dx[i]
+        for f in range(F):
+            s = _s(row[f])
+            to[f] = g[f] * s * (one + row[f] * (one - s))
+
+
+@prange_jit
+def _forward(gate, gate_stride, up, up_stride, y):
+    N, F = y.shape
+    for i in prange(N):
+        a, b, to = gate[i * gate_stride : i * gate_stride + F], up[i * up_stride : i * up_stride + F], y[i]
+        for f in range(F):
+            to[f] = a[f] * _s(a[f]) * b[f]
+
+
+@prange_jit
+def _backward(dy, dy_stride, gate, gate_stride, up, up_stride, dgate, dup):
+    N, F = dgate.shape
+    one = dgate.dtype.type(1)
+    for i in prange(N):
+        g, to_gate, to_up = dy[i * dy_stride : i * dy_stride + F], dgate[i], dup[i]
+        a, b = gate[i * gate_stride : i * gate_stride + F], up[i * up_stride : i * up_stride + F]
+        for f in range(F):
+            s = _s(a[f])
+            to_gate[f] = g[f] * b[f] * s * (one + a[f] * (one - s))
+            to_up[f] = g[f] * a[f] * s
+
+
+def _rows(x):
+    """(memory, row stride) of x seen as (rows, last axis). A reshape copies only what has no such view."""
+    memory, (stride,) = strided(x.reshape(-1, x.shape[-1]) if x.size else x.reshape(0, x.shape[-1]))
+    return memory, stride
+
+
+def _new(x):
+    """An output like x, and the same memory as (rows, last axis)."""
+    y = empty(x, x.shape)
+    return y, y.reshape(-1, x.shape[-1]) if x.size else y.reshape(0, x.shape[-1])
+
+
+def numba_silu_forward(x):
+    y, rows = _new(x)
+    _silu_forward(*_rows(x), rows)
+    return y
+
+
+def numba_silu_backward(dy, x):
+    dx, rows = _new(x)
+    _silu_backward(*_rows(dy), *_rows(x), rows)
+    return dx
+
+
+def numba_forward(gate, up):
+    y, rows = _new(gate)
+    _forward(*_rows(gate), *_rows(up), rows)
+    return y
+
+
+def numba_backward(dy, gate, up):
+    (dgate, gate_rows), (dup, up_rows) = _new(gate), _new(up)
+    _backward(*_rows(dy), *_rows(gate), *_rows(up), gate_rows, up_rows)
+    return dgate, dup
+
+
+# ------------------------------------------------------------------ table
+
+
+def _example(arrays):
+    def example(rng, size):
+        shape = (4096, 1408) if size == "large" else (int(rng.choice([1, 2, 5, 67])), int(rng.choice([1, 7, 16, 33])))
+        return tuple(rng.standard_normal(shape) * rng.choice([1, 30]) for _ in range(arrays)), {}
+
+    return example
+
+
+silu_forward = Kernel(
+    "silu_forward",
+    reference=reference_silu_forward,
+    versions={"numba": numba_silu_forward},
+    example=_example(1),
+)
+silu_backward = Kernel(
+    "silu_backward",
+    reference=reference_silu_backward,
+    versions={"numba": numba_silu_backward},
+    example=_example(2),
+)
+forward = Kernel(
+    "swiglu_forward",
+    reference=reference_forward,
+    versions={"numba": numba_forward},
+    example=_example(2),
+)
+backward = Kernel(
+    "swiglu_backward",
+    reference=reference_backward,
+    versions={"numba": numba_backward},
+    example=_example(3),
+)

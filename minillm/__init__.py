@@ -1,0 +1,21 @@
+"""
+minillm: LLM training from scratch, with no deep-learning framework. A hand-written autograd engine on NumPy and CuPy,
+and fused kernels in Numba and CUDA.
+
+Read it in the order in which it imports itself: `kernels` (arrays in, arrays out), `autograd` (the engine, which sees
+no formula), `functional` (the transformer's ops: each with its forward, its gradient and the derivation).
+"""
+
+import os
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# The threads of libgomp, which runs Numba's parallel loops, spin for a while after each loop, and so take the cores
+# from the BLAS threads that come next: 7.3 ms against 1.4 ms for a matrix product and a softmax. libgomp reads this
+# once, at the first launch, so it has to be set before any.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# In a checkout `minillm.kernels` is the folder kernels/ beside this one; an installed wheel has it in here.
+if not Path(__file__).with_name("kernels").joinpath("__init__.py").exists():
+    __path__.append(str(Path(__file__).parents[1]))

@@ -1,0 +1,48 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+# The version's one home is the package; it is read as text, because importing the package here may need what is
+# not installed yet.
+version = re.search(r'^__version__ = "(.+)"$', (root / "minillm/__init__.py").read_text(encoding="utf-8"), re.M)[1]
+
+test = ["pytest>=8.2", "hypothesis>=6.100", "pytest-timeout>=2.3.1", "setuptools>=77"]
+
+setup(
+    name="minillm-train",  # the name `minillm` belongs to another distribution; the import name is `minillm`
+    version=version,
+    description="LLM training from scratch on NumPy and CuPy: hand-written autograd, fused kernels in Numba and CUDA",
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The minillm authors",
+    license_expression="MIT",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Intended Audience :: Education",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    # The kernels' folder stands beside the package, its import name inside: a top-level `kernels` would collide with
+    # a published distribution of that name.
+    packages=[*find_packages(include=["minillm", "minillm.*"]), "minillm.kernels"],
+    package_dir={"minillm.kernels": "kernels"},
+    package_data={"minillm.kernels": ["*.cu", "*.cuh"]},
+    python_requires=">=3.11,<3.14",
+    install_requires=["numpy>=2.1.2,<2.6", "numba>=0.66,<0.70", "ml_dtypes>=0.5"],
+    extras_require={
+        # One of these two, by driver: two CuPy wheels in one environment break each other. The second requirement
+        # of each brings the headers below <mma.h>.
+        "cuda12": ["cupy-cuda12x[ctk]>=14.2,<15", "nvidia-cuda-nvcc-cu12"],
+        "cuda13": ["cupy-cuda13x[ctk]>=14.2,<15", "cuda-toolkit[crt]==13.*"],
+        "data": ["pyarrow>=20", "zstandard>=0.23", "ftfy>=6.3", "py3langid>=0.4", "rensa>=0.5,<0.6"],
+        "plot": ["matplotlib>=3.9"],
+        "log": ["tensorboardX>=2.6"],
+        "test": test,
+        "dev": [*test, "ruff==0.17.5"],  # pinned: another version formats and warns differently
+    },
+)
