@@ -11,7 +11,7 @@ Contract
     forward returns o (B, Tq, H, D) and lse (B, H, Tq). A row that sees no key has o = 0, lse = -inf and gradient 0.
 
 Forward, a tile of keys at a time (FlashAttention: Dao et al. 2022, algorithm 1)
-    m' = max(m, max_j s_j)    c = exp(m - m')    l' = c l + sum_j exp(s_j - m')    acc' = c acc + sum_j exp(s_j - m') v_j
+    m' = max(m, max_j s_j)   c = exp(m - m')   l' = c l + sum_j exp(s_j - m')   acc' = c acc + sum_j exp(s_j - m') v_j
     o = acc / l                lse = m + log l
 
 Backward (Dao et al. 2022, appendix B): p is made again from q, k and lse.
@@ -30,7 +30,7 @@ import math
 import numpy as np
 
 from .device import empty, upcast, xp_of
-from .jit import LANES, ROWS, exp, jit, matmul_add, prange, prange_jit, row_max, strided
+from .jit import LANES, ROWS, contiguous, exp, jit, matmul_add, prange, prange_jit, row_max, strided
 from .kernel import Kernel
 
 TILE = 64  # queries and keys per tile: two 64 x 64 float32 tiles and their operands fit in 64 KB
@@ -186,7 +186,7 @@ def numba_forward(q, k, v, start, scale):
     kt = np.zeros((B, Hk, _up(Tk, TILE) // TILE, Dp, TILE), q.dtype)
     vp = np.zeros((B, Hk, Tk, Dp), q.dtype)
     if o.size:
-        _forward(*strided(q), *strided(k), *strided(v), start, q.dtype.type(scale), o, lse, kt, vp)
+        _forward(*strided(q), *strided(k), *strided(v), contiguous(start), q.dtype.type(scale), o, lse, kt, vp)
     return o, lse
 
 
@@ -257,7 +257,7 @@ def numba_backward(do, q, k, v, o, lse, start, scale):
     if dq.size:
         Dp = _up(q.shape[3], LANES)
         flat = (*strided(do), *strided(q), *strided(k), *strided(v))
-        _backward(*flat, np.ascontiguousarray(o), lse, start, q.dtype.type(scale), dq, dk, dv, Dp)
+        _backward(*flat, *map(contiguous, (o, lse, start)), q.dtype.type(scale), dq, dk, dv, Dp)
     else:  # keys that no query sees
         dk[...], dv[...] = 0, 0
     return dq, dk, dv

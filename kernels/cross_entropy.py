@@ -2,18 +2,18 @@
 Softmax cross-entropy and token log-probabilities: one pass of statistics, one pass of gradient.
 
 Contract
-    logits (N, V), targets (N,) int; z = scale logits (scale = 1 / temperature > 0), m = max_j z_j, x = z - m <= 0.
+    logits (N, V), targets (N,) int; m = max_j logits_j, x = scale (logits - m) <= 0, with scale = 1 / temperature > 0.
     forward returns, each (N,):
         m      log_total = log sum_j e^x_j      x_target      x_sum = sum_j x_j      x_mean = sum_j p_j x_j
     and everything else is arithmetic on N numbers, exact under a shift of the logits:
         log p_target = x_target - log_total                          cross-entropy = -log p_target
-        log sum_j e^z_j = m + log_total          (z-loss)            mean_j log p_j = x_sum / V - log_total  (smoothing)
+        log sum_j e^(scale logits_j) = scale m + log_total (z-loss)  mean_j log p_j = x_sum / V - log_total  (smoothing)
         entropy = log_total - x_mean
     backward takes four numbers a, b, c, d per row and returns dlogits = scale (p (a + b x) + c [j = target] + d).
     A row whose target is negative is ignored: its logits are not read, its statistics and its gradient are 0.
 
 Derivation
-    p_j = e^(x_j - log_total)      d log_total / dz_j = p_j (the shift m cancels)      d z_target / dz_j = [j = target]
+    With z = scale logits:  p_j = e^(x_j - log_total),  d log sum_k e^z_k / dz_j = p_j,  dz_target / dz_j = [j = target]
     d(log p_target) = [j = target] - p_j
     dH / dz_j = -p_j (log p_j + H) = -p_j (x_j - log_total + H)      (sum_j p_j dlog p_j = sum_j dp_j = 0)
     d(sum_k log p_k) / dz_j = 1 - V p_j
@@ -28,19 +28,19 @@ Rungs
 import numpy as np
 
 from .device import empty, upcast, xp_of
-from .jit import exp, jit, prange, prange_jit, row_max
+from .jit import contiguous, exp, jit, prange, prange_jit, row_max
 from .kernel import Kernel
 
 # ------------------------------------------------------------------ reference
 
 
 def _shifted(logits, targets, scale):
-    """z, its row maxima and x; an ignored row reads as zeros."""
+    """Which rows are used, their maxima and x; an ignored row reads as zeros."""
     xp = xp_of(logits)
     used = (targets >= 0)[:, None]
-    z = xp.where(used, upcast(logits) * scale, 0)
-    m = z.max(1, keepdims=True)
-    return used[:, 0], m, z - m
+    wide = xp.where(used, upcast(logits), 0)
+    m = wide.max(1, keepdims=True)
+    return used[:, 0], m, (wide - m) * scale
 
 
 def reference_forward(logits, targets, scale):
@@ -77,15 +77,15 @@ _FLOOR = -1e30  # stands in for x = -inf in p x, where p is 0
 
 @jit
 def _statistics(row, target, scale, floor):
-    m = row_max(row) * scale
+    m = row_max(row)
     total, x_sum, weighted = row.dtype.type(0), row.dtype.type(0), row.dtype.type(0)
     for j in range(row.size):
-        x = row[j] * scale - m
+        x = (row[j] - m) * scale
         e = exp(x)
         total += e
         x_sum += x
         weighted += e * (x if x > floor else floor)
-    return m, np.log(total), row[target] * scale - m, x_sum, weighted / total
+    return m, np.log(total), (row[target] - m) * scale, x_sum, weighted / total
 
 
 @prange_jit
@@ -100,7 +100,7 @@ def _forward(logits, targets, scale, floor, m, log_total, x_target, x_sum, x_mea
 def numba_forward(logits, targets, scale):
     results = tuple(empty(logits, targets.shape) for _ in range(5))
     dtype = logits.dtype.type
-    _forward(np.ascontiguousarray(logits), np.ascontiguousarray(targets), dtype(scale), dtype(_FLOOR), *results)
+    _forward(contiguous(logits), contiguous(targets), dtype(scale), dtype(_FLOOR), *results)
     return results
 
 
@@ -113,21 +113,21 @@ def _backward(logits, targets, m, log_total, a, b, c, d, scale, floor, out):
             continue
         m_i, log_total_i, a_i, b_i, d_i = m[i], log_total[i], a[i] * scale, b[i] * scale, d[i] * scale
         for j in range(row.size):
-            x = row[j] * scale - m_i
+            x = (row[j] - m_i) * scale
             p = exp(x - log_total_i)
             to[j] = p * (a_i + b_i * (x if x > floor else floor)) + d_i
         to[targets[i]] += c[i] * scale
 
 
 def _launch_backward(logits, targets, m, log_total, a, b, c, d, scale, out):
-    rows = [np.ascontiguousarray(x, logits.dtype) for x in (m, log_total, a, b, c, d)]
+    rows = [contiguous(x, logits.dtype) for x in (m, log_total, a, b, c, d)]
     dtype = logits.dtype.type
-    _backward(logits, np.ascontiguousarray(targets), *rows, dtype(scale), dtype(_FLOOR), out)
+    _backward(logits, contiguous(targets), *rows, dtype(scale), dtype(_FLOOR), out)
     return out
 
 
 def numba_backward(logits, *rows):
-    return _launch_backward(np.ascontiguousarray(logits), *rows, out=empty(logits, logits.shape))
+    return _launch_backward(contiguous(logits), *rows, out=empty(logits, logits.shape))
 
 
 def numba_backward_inplace(logits, *rows):

@@ -99,11 +99,6 @@ def upcast(x):
     return x.astype(np.float32) if x.dtype.itemsize < 4 else x
 
 
-def rows_of(x):
-    """`x` seen as (rows, last axis), C-contiguous: the one layout that row kernels are compiled for."""
-    return xp_of(x).ascontiguousarray(x).reshape(-1, x.shape[-1]) if x.size else x.reshape(0, x.shape[-1])
-
-
 def erfc(x):
     """The complementary error function, elementwise: 1 - erf(x) without its cancellation."""
     if _on_host(x):

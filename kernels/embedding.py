@@ -15,10 +15,8 @@ Rungs
                 place, and the sums are the same bits for any number of threads
 """
 
-import numpy as np
-
 from .device import empty, upcast, xp_of
-from .jit import prange, prange_jit
+from .jit import contiguous, prange, prange_jit
 from .kernel import Kernel
 
 # ------------------------------------------------------------------ reference
@@ -50,7 +48,7 @@ def _forward(weight, ids, y):
 
 def numba_forward(weight, ids):
     y = empty(weight, (ids.size, weight.shape[1]))
-    _forward(np.ascontiguousarray(weight), np.ascontiguousarray(ids), y)
+    _forward(contiguous(weight), contiguous(ids), y)
     return y
 
 
@@ -69,7 +67,7 @@ def _backward(dy, ids, dweight):
 
 def numba_backward(dy, ids, V):
     dweight = empty(dy, (V, dy.shape[1]))
-    _backward(np.ascontiguousarray(dy), np.ascontiguousarray(ids), dweight)
+    _backward(contiguous(dy), contiguous(ids), dweight)
     return dweight
 
 

@@ -10,7 +10,7 @@ Contract
 Derivation
     "none"   y' = Phi + x phi,  phi(x) = e^(-x^2 / 2) / sqrt(2 pi)
     "tanh"   y' = s + x s (1 - s) 2u',  u' = sqrt(2 / pi) (1 + 3 0.044715 x^2)
-    (1 + tanh u = 2 s(2u), which has no cancellation for large negative u and needs one exp)
+    (1 + tanh u = 2 s(2u) has no cancellation for large negative u and needs one exp; 1 - s is computed as s(-2u))
 
 Rungs
     reference   the definition
@@ -19,10 +19,8 @@ Rungs
 
 import math
 
-import numpy as np
-
 from .device import empty, erfc, upcast, xp_of
-from .jit import exp, jit, prange, prange_jit
+from .jit import contiguous, exp, jit, prange, prange_jit
 from .kernel import Kernel
 
 _ROOT, _CUBE = math.sqrt(2 / math.pi), 0.044715
@@ -62,11 +60,13 @@ _PIECE = 4096  # elements per task
 
 
 @jit
-def _logistic_and_slope(x):
-    """s(2u) and 2u'."""
+def _logistic(x):
+    """s(2u) and s(-2u)."""
     T = type(x)
-    u, slope = x * (T(_ROOT) + T(_ROOT * _CUBE) * x * x), T(2 * _ROOT) * (T(1) + T(3 * _CUBE) * x * x)
-    return T(1) / (T(1) + exp(-(u + u))), slope
+    u2 = T(2 * _ROOT) * x * (T(1) + T(_CUBE) * x * x)
+    e = exp(-abs(u2))
+    large, small = T(1) / (T(1) + e), e / (T(1) + e)
+    return (large, small) if u2 >= 0 else (small, large)
 
 
 @prange_jit
@@ -75,7 +75,7 @@ def _forward(x, tanh, y):
     for piece in prange(-(-x.size // _PIECE)):
         for i in range(piece * _PIECE, min((piece + 1) * _PIECE, x.size)):
             if tanh:
-                y[i] = x[i] * _logistic_and_slope(x[i])[0]
+                y[i] = x[i] * _logistic(x[i])[0]
             else:
                 y[i] = x[i] * half * math.erfc(-x[i] * root_half)
 
@@ -84,11 +84,12 @@ def _forward(x, tanh, y):
 def _backward(dy, x, tanh, dx):
     one, half, root_half = x.dtype.type(1), x.dtype.type(0.5), x.dtype.type(math.sqrt(0.5))
     density = x.dtype.type(1 / math.sqrt(2 * math.pi))
+    slope0, slope2 = x.dtype.type(2 * _ROOT), x.dtype.type(6 * _ROOT * _CUBE)  # 2u' = slope0 + slope2 x^2
     for piece in prange(-(-x.size // _PIECE)):
         for i in range(piece * _PIECE, min((piece + 1) * _PIECE, x.size)):
             if tanh:
-                s, slope = _logistic_and_slope(x[i])
-                dx[i] = dy[i] * s * (one + x[i] * (one - s) * slope)
+                s, rest = _logistic(x[i])
+                dx[i] = dy[i] * s * (one + x[i] * rest * (slope0 + slope2 * x[i] * x[i]))
             else:
                 phi = exp(-half * x[i] * x[i]) * density
                 dx[i] = dy[i] * (half * math.erfc(-x[i] * root_half) + x[i] * phi)
@@ -97,14 +98,14 @@ def _backward(dy, x, tanh, dx):
 def numba_forward(x, approximate):
     _check(approximate)
     y = empty(x, x.shape)
-    _forward(np.ascontiguousarray(x).reshape(-1), approximate == "tanh", y.reshape(-1))
+    _forward(contiguous(x).reshape(-1), approximate == "tanh", y.reshape(-1))
     return y
 
 
 def numba_backward(dy, x, approximate):
     _check(approximate)
     dx = empty(x, x.shape)
-    flat = np.ascontiguousarray(dy).reshape(-1), np.ascontiguousarray(x).reshape(-1)
+    flat = contiguous(dy).reshape(-1), contiguous(x).reshape(-1)
     _backward(*flat, approximate == "tanh", dx.reshape(-1))
     return dx
 

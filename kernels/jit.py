@@ -8,6 +8,7 @@ Numba, set up once: the decorators of every CPU kernel, and the functions that k
 """
 
 import hashlib
+import math
 import os
 import pathlib
 
@@ -18,7 +19,20 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-__all__ = ["BLOCK", "LANES", "ROWS", "exp", "jit", "matmul_add", "prange", "prange_jit", "row_max", "strided"]
+__all__ = [
+    "BLOCK",
+    "LANES",
+    "ROWS",
+    "contiguous",
+    "exp",
+    "jit",
+    "matmul_add",
+    "prange",
+    "prange_jit",
+    "row_max",
+    "rows_of",
+    "strided",
+]
 
 # Rows that one task reduces into one partial sum. The partial sums are then added in order, so the result does not
 # depend on how many threads there were.
@@ -52,13 +66,29 @@ def prange_jit(function):
     return jit(function, parallel=True)
 
 
+# ------------------------------------------------------------------ layouts
+
+# Numba compiles a kernel again for each memory layout that it meets, and again for read-only arrays. These three bring
+# every array to one of them, with a copy where there is no other way.
+
+
+def contiguous(x, dtype=None):
+    """x C-contiguous, writeable and aligned; x itself if it is that already."""
+    return np.require(x, dtype, ["C", "W", "A"])
+
+
+def rows_of(x):
+    """x as contiguous rows: (all leading axes together, last axis)."""
+    return contiguous(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def strided(x):
     """(memory, strides): x as one flat array, and its strides in elements but for the last axis, which is contiguous.
-    So one compiled signature serves every such layout, q, k and v inside one fused projection among them."""
+    So q, k and v inside one fused projection need no copy."""
     if x.size == 0:
         return np.empty(0, x.dtype), (0,) * (x.ndim - 1)
-    if x.strides[-1] != x.itemsize or min(x.strides) < x.itemsize:
-        x = np.ascontiguousarray(x)
+    if x.strides[-1] != x.itemsize or min(x.strides) < x.itemsize or not (x.flags.writeable and x.flags.aligned):
+        x = np.array(x, order="C")
     strides = tuple(s // x.itemsize for s in x.strides)
     span = 1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True))
     return np.lib.stride_tricks.as_strided(x, (span,), (x.itemsize,)), strides[:-1]

@@ -17,7 +17,7 @@ Rungs
 import numpy as np
 
 from .device import empty, upcast, xp_of
-from .jit import prange, prange_jit, strided
+from .jit import contiguous, prange, prange_jit, strided
 from .kernel import Kernel
 
 # ------------------------------------------------------------------ reference
@@ -51,7 +51,7 @@ def _rope(x, x_strides, cos, sin, y):
 
 def numba_rope(x, cos, sin):
     y = empty(x, x.shape)
-    _rope(*strided(x), np.ascontiguousarray(cos, x.dtype), np.ascontiguousarray(sin, x.dtype), y)
+    _rope(*strided(x), contiguous(cos, x.dtype), contiguous(sin, x.dtype), y)
     return y
 
 

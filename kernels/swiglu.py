@@ -14,6 +14,8 @@ Rungs
     numba       one pass per row with the vectorised exp; rows may be halves of a fused gate|up projection
 """
 
+import math
+
 from .device import empty, upcast, xp_of
 from .jit import exp, jit, prange, prange_jit, strided
 from .kernel import Kernel
@@ -101,14 +103,14 @@ def _backward(dy, dy_stride, gate, gate_stride, up, up_stride, dgate, dup):
 
 def _rows(x):
     """(memory, row stride) of x seen as (rows, last axis). A reshape copies only what has no such view."""
-    memory, (stride,) = strided(x.reshape(-1, x.shape[-1]) if x.size else x.reshape(0, x.shape[-1]))
+    memory, (stride,) = strided(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
     return memory, stride
 
 
 def _new(x):
     """An output like x, and the same memory as (rows, last axis)."""
     y = empty(x, x.shape)
-    return y, y.reshape(-1, x.shape[-1]) if x.size else y.reshape(0, x.shape[-1])
+    return y, y.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def numba_silu_forward(x):

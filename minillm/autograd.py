@@ -105,15 +105,11 @@ class Tensor:
 
         gradient: dL/dself, an array of self's shape; 1 for a scalar, which needs none.
         """
-        if not self.requires_grad:
-            raise RuntimeError("backward() from a Tensor that nothing with requires_grad=True led to")
         if gradient is None:
             if self.size != 1:
                 raise ValueError(f"backward() starts from a scalar, and this has shape {self.shape}; give its gradient")
             gradient = xp_of(self.data).ones_like(self.data)
-        if gradient.shape != self.shape:
-            raise ValueError(f"the gradient has shape {gradient.shape}, the Tensor {self.shape}")
-        _backward([self], [gradient])
+        backward([self], [gradient])
 
 
 def _source(tensor):
@@ -138,7 +134,13 @@ def _ancestors(tensors):
     return seen
 
 
-def _backward(tensors, gradients):
+def backward(tensors, gradients):
+    """Add d(sum_i <tensor_i, gradient_i>)/dleaf into leaf.grad for every leaf that requires it. Consumes the graph."""
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        if gradient.shape != tensor.shape:
+            raise ValueError(f"the gradient has shape {gradient.shape}, the Tensor {tensor.shape}")
+    if not any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError("backward() from a Tensor that nothing with requires_grad=True led to")
     # node -> {index of its result: (its gradient so far, whether that array was made here)}. Only a sum made here may
     # be added to in place: what a way back returned may be another node's gradient, or an array that an op keeps.
     pending = {node: {} for node in _ancestors(tensors)}
@@ -240,7 +242,7 @@ def _made_by(node, index, data):
 
 
 def checkpoint(f, *inputs):
-    """f(*inputs), keeping only the inputs: f runs again on the way back (Chen et al. 2016). Gradients are the same bits.
+    """f(*inputs), keeping only the inputs: f runs again on the way back (Chen et al. 2016). Same bits, both ways.
 
     f takes Tensors and returns a Tensor or a tuple of them, and must do the same each time it is called (dropout takes
     a seed, so it does). Every Tensor that needs a gradient, a block's parameters included, must be among `inputs`: one
@@ -256,7 +258,9 @@ def checkpoint(f, *inputs):
             leaves = [None if a is None else Tensor(a, requires_grad=n) for a, n in zip(arrays, needs, strict=True)]
             with _record("yes"):
                 again = f(*leaves)
-            _backward(again if several else [again], g)
+            again = again if several else (again,)
+            if any(x.requires_grad for x in again):  # f may not depend on them at all
+                backward(again, g)
             return [_gradient_or_zero(x) if n else None for x, n in zip(leaves, needs, strict=True)]
 
         return tuple(t.data for t in outputs) if several else outputs.data, way_back
@@ -618,21 +622,21 @@ def max(x, *, axis=None, keepdims=False):
 
 @op
 def logsumexp(x, *, axis=-1, keepdims=False):
-    """y = ln sum e^x over one axis, shifted by the maximum so that nothing overflows.
+    """y = ln sum e^x over one axis, shifted by the maximum m so that nothing overflows.
 
-    dx = g softmax(x), since dy/dx_j = e^x_j / sum e^x = e^(x_j - y). A slice of -inf only: y = -inf, dx = 0.
-    Keeps x and y.
+    dx = g softmax(x), since dy/dx_j = e^x_j / sum e^x = e^((x_j - m) - (y - m)). A slice of -inf only: y = -inf, dx = 0.
+    Keeps x, and m and y - m.
     Example: logsumexp(randn(A, P, B), axis=1)
     """
     xp = xp_of(x)
     m = x.max(axis, keepdims=True)
-    m = xp.where(xp.isfinite(m), m, x.dtype.type(0))
-    with np.errstate(divide="ignore"):
-        y = xp.log(xp.exp(x - m).sum(axis, keepdims=True)) + m
+    m = xp.where(xp.isneginf(m), x.dtype.type(0), m)
+    total = xp.exp(x - m).sum(axis, keepdims=True)
+    log_total = xp.log(xp.where(total == 0, 1, total))
+    y = xp.where(total == 0, -xp.inf, m + log_total).astype(x.dtype)
 
     def back(g):
-        shift = xp.where(xp.isneginf(y), x.dtype.type(0), y)
-        return (g if keepdims else xp.expand_dims(g, axis)) * xp.exp(x - shift)
+        return (g if keepdims else xp.expand_dims(g, axis)) * xp.exp(x - m - log_total)
 
     return y if keepdims else y.squeeze(axis), (back,)
 

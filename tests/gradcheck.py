@@ -6,7 +6,7 @@ Both directions are random. A cotangent of ones would make every row of g equal 
 
 import numpy as np
 
-from minillm.autograd import Tensor
+from minillm.autograd import Tensor, backward
 
 RTOL, ATOL = 1e-5, 1e-7
 
@@ -23,12 +23,13 @@ def vjp(f, inputs, cotangents):
     """(outputs, gradients) of f at inputs; None for inputs that are not floats."""
     leaves = [Tensor(x.copy(), requires_grad=True) if is_float(x) else x for x in inputs]
     outputs = tensors_of(f(*leaves))
-    total = None
-    for out, v in zip(outputs, cotangents, strict=True):
-        term = (out * v).sum()
-        total = term if total is None else total + term
-    total.backward()
-    return [o.data for o in outputs], [x.grad if isinstance(x, Tensor) else None for x in leaves]
+    backward(outputs, cotangents)
+    gradients = [_gradient(x) if isinstance(x, Tensor) else None for x in leaves]
+    return [o.data for o in outputs], gradients
+
+
+def _gradient(leaf):
+    return np.zeros_like(leaf.data) if leaf.grad is None else leaf.grad  # None: no path leads to it
 
 
 def output_like(f, inputs):

@@ -1,0 +1,219 @@
+"""What the transformer's ops promise beyond their gradients: exact tables, named bad ids, seeded dropout, dtypes."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from minillm.kernels import device
+
+from minillm import functional as F
+from minillm.autograd import Tensor
+
+rng = np.random.default_rng(0)
+
+
+# ------------------------------------------------------------------ embedding and ids
+
+
+def test_repeated_ids_add_up():
+    weight = Tensor(rng.standard_normal((5, 3)), requires_grad=True)
+    g = rng.standard_normal((2, 3, 3))
+    ids = np.array([[4, 4, 0], [4, 1, 0]])
+    y = F.embedding(ids, weight)
+    assert np.array_equal(y.data, weight.data[ids])
+    y.backward(g)
+    assert np.allclose(weight.grad[4], g[0, 0] + g[0, 1] + g[1, 0], rtol=1e-15)
+    assert np.allclose(weight.grad[0], g[0, 2] + g[1, 2], rtol=1e-15)
+    assert not weight.grad[2:4].any()
+
+
+@pytest.mark.parametrize(("bad", "shown"), [(5, "id 5"), (-1, "id -1"), (10**9, "id 1000000000")])
+def test_a_bad_id_is_named(bad, shown):
+    ids = np.array([[0, 1, 2], [3, bad, 4]])
+    message = rf"{shown} at position \(1, 1\) is outside \[0, 5\)"
+    logits, hidden, weight = rng.standard_normal((2, 3, 5)), rng.standard_normal((2, 3, 4)), rng.standard_normal((5, 4))
+    for call in (
+        lambda: F.embedding(ids, weight),
+        lambda: F.cross_entropy(logits, ids),
+        lambda: F.token_logprobs(logits, ids),
+        lambda: F.linear_cross_entropy(hidden, weight, ids),
+        lambda: F.linear_token_logprobs(hidden, weight, ids),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_on_a_device_a_bad_id_is_a_flag_read_later(monkeypatch):
+    """No GPU here: arrays of a subclass play the ones that live there."""
+
+    class OnDevice(np.ndarray):
+        pass
+
+    monkeypatch.setattr(device, "_on_host", lambda x: not isinstance(x, OnDevice))
+    ids = np.array([1, 7, 2]).view(OnDevice)
+    device.check_ids("embedding", ids, 5)  # does not wait, so does not raise
+    device.check_ids("embedding", ids[:1], 5)
+    with pytest.raises(ValueError, match=r"embedding: id 7 at position \(1\) is outside \[0, 5\)"):
+        device.raise_flags()
+    device.raise_flags()  # said once
+    device.check_ids("embedding", ids, 5)
+    with pytest.raises(ValueError, match="id 7"):  # and not put off for ever
+        for _ in range(300):
+            device.check_ids("embedding", ids[:1], 5)
+
+
+# ------------------------------------------------------------------ linear, norms, activations
+
+
+def test_linear_takes_the_activations_dtype_and_gives_the_weight_its_own():
+    x = Tensor(rng.standard_normal((2, 3)).astype(np.float32), requires_grad=True)
+    w, b = Tensor(rng.standard_normal((4, 3)), requires_grad=True), Tensor(rng.standard_normal(4), requires_grad=True)
+    y = F.linear(x, w, b)
+    assert y.dtype == np.float32
+    y.backward(np.ones((2, 4), np.float32))
+    assert x.grad.dtype == np.float32
+    assert w.grad.dtype == b.grad.dtype == np.float64
+    with pytest.raises(ValueError, match=r"x \(2, 3\) has width 3, weight \(4, 5\) takes 5"):
+        F.linear(x, np.ones((4, 5)))
+
+
+def test_norms_against_their_definition():
+    x = 5 + 3 * rng.standard_normal((4, 7))
+    w, b = rng.standard_normal((2, 7))
+    rms = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-2) * w
+    assert np.allclose(F.rms_norm(x, w, eps=1e-2).data, rms, rtol=1e-14)
+    standard = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-2)
+    assert np.allclose(F.layer_norm(x, w, b, eps=1e-2).data, standard * w + b, rtol=1e-13)
+
+
+def test_norms_of_a_row_of_zeros():
+    x = Tensor(np.zeros((2, 8)), requires_grad=True)
+    for y in (F.rms_norm(x, np.ones(8)), F.layer_norm(x, np.ones(8), np.ones(8))):
+        x.grad = None
+        y.backward(rng.standard_normal((2, 8)))
+        assert np.isfinite(y.data).all()
+        assert np.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_activations_where_exp_overflows(dtype):
+    x = np.array([-1e4, -100, -30, 0, 30, 100, 1e4], dtype)
+    for f in (F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh")):
+        t = Tensor(x, requires_grad=True)
+        y = f(t)
+        y.backward(np.ones_like(x))
+        assert np.allclose(y.data, np.maximum(x, 0), atol=1e-10)
+        assert np.allclose(t.grad, [0, 0, 0, 0.5, 1, 1, 1], atol=1e-10)
+
+
+def test_gelu_and_its_tanh_form():
+    x = np.linspace(-6, 6, 101)
+    exact = np.array([v * 0.5 * math.erfc(-v / math.sqrt(2)) for v in x])
+    assert np.allclose(F.gelu(x).data, exact, rtol=1e-13)
+    difference = np.abs(F.gelu(x, approximate="tanh").data - exact).max()
+    assert 1e-5 < difference < 1e-3
+    with pytest.raises(ValueError, match="approximate must be 'none' or 'tanh', not 'erf'"):
+        F.gelu(x, approximate="erf")
+    with pytest.raises(ValueError, match=r"gate \(101,\) and up \(100,\)"):
+        F.swiglu(x, x[1:])
+
+
+def test_softmax_of_extreme_rows():
+    x = Tensor(np.array([[1e4, 1e4, -np.inf], [-np.inf, -np.inf, -np.inf], [0, 1e4, 0]]), requires_grad=True)
+    y = F.softmax(x)
+    y.backward(rng.standard_normal((3, 3)))
+    assert np.array_equal(y.data, [[0.5, 0.5, 0], [0, 0, 0], [0, 1, 0]])
+    assert np.isfinite(x.grad).all()
+    assert not x.grad[1].any()
+
+
+# ------------------------------------------------------------------ dropout
+
+
+def test_dropout_is_seeded_scaled_and_independent():
+    x = np.ones((200, 500))
+    y = F.dropout(x, p=0.3, seed=1).data
+    assert set(np.unique(y)) == {0.0, 1 / 0.7}
+    assert np.array_equal(y, F.dropout(x, p=0.3, seed=1).data)
+    n, kept = x.size, (y != 0).mean()
+    assert abs(kept - 0.7) < 4 * math.sqrt(0.21 / n)
+    for axis in (0, 1):  # neighbours agree as often as independent coins do
+        differ = np.diff(y != 0, axis=axis)
+        assert abs(differ.mean() - 0.42) < 4 * math.sqrt(0.5 / differ.size)
+    others = [F.dropout(x, p=0.3, seed=s).data != 0 for s in (2, 3, 12345678901234567890)]
+    for other in others:
+        assert abs((other == (y != 0)).mean() - 0.58) < 4 * math.sqrt(0.25 / n)
+
+
+def test_dropout_drops_the_gradient_where_it_dropped_the_value():
+    x = Tensor(np.full((50, 50), 2.0), requires_grad=True)
+    y = F.dropout(x, p=0.5, seed=3)
+    y.backward(np.full((50, 50), 5.0))
+    assert np.array_equal(x.grad, np.where(y.data != 0, 10.0, 0.0))
+    assert np.array_equal(F.dropout(x, p=0.0, seed=3).data, x.data)
+    for p in (1.0, -0.1):
+        with pytest.raises(ValueError, match=r"p must be in \[0, 1\)"):
+            F.dropout(x, p=p, seed=0)
+
+
+# ------------------------------------------------------------------ rope
+
+
+def test_rope_table_is_exact_far_out():
+    cos, sin = F.rope_table(100_001, 8, theta=500_000.0)
+    assert cos.dtype == np.float32
+    for t, d in ((100_000, 0), (99_999, 1), (12_345, 3)):
+        angle = t * 500_000.0 ** (-2 * d / 8)
+        assert cos[t, d] == np.float32(math.cos(angle))
+        assert sin[t, d] == np.float32(math.sin(angle))
+
+
+def test_rope_scaling():
+    plain = np.arccos(F.rope_table(2, 64, dtype=np.float64)[0][1])
+    linear = np.arccos(F.rope_table(2, 64, scaling={"type": "linear", "factor": 4.0}, dtype=np.float64)[0][1])
+    assert np.allclose(linear, plain / 4, atol=1e-7)
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    }
+    llama = np.arcsin(F.rope_table(2, 64, scaling=scaling, dtype=np.float64)[1][1])
+    wavelength = 2 * math.pi / (10000.0 ** (-np.arange(32) / 32))
+    for frequency, before, w in zip(llama, 2 * math.pi / wavelength, wavelength, strict=True):
+        if w < 256 / 4:
+            assert np.isclose(frequency, before if before < 1 else math.asin(math.sin(before)), rtol=1e-12)
+        elif w > 256 / 1:
+            assert np.isclose(frequency, before / 8, rtol=1e-12)
+        else:
+            smooth = (256 / w - 1) / 3
+            assert np.isclose(frequency, (1 - smooth) * before / 8 + smooth * before, rtol=1e-12)
+    with pytest.raises(ValueError, match="rope type 'yarn' is not supported"):
+        F.rope_table(2, 64, scaling={"rope_type": "yarn", "factor": 2.0})
+    with pytest.raises(ValueError, match="even head size, and got 7"):
+        F.rope_table(2, 7)
+
+
+@given(st.integers(0, 40), st.integers(0, 2**32 - 1))
+def test_rope_is_relative_and_keeps_lengths(offset, seed):
+    draw = np.random.default_rng(seed)
+    q, k = draw.standard_normal((2, 1, 6, 2, 8))
+    cos, sin = F.rope_table(64, 8, dtype=np.float64)
+
+    def scores(offset):
+        turned = [F.rope(x, cos=cos, sin=sin, offset=offset).data for x in (q, k)]
+        assert np.allclose((turned[0] ** 2).sum(-1), (q**2).sum(-1), rtol=1e-12)
+        return np.einsum("bihd,bjhd->bhij", *turned)
+
+    assert np.allclose(scores(offset), scores(0), rtol=0, atol=1e-11)
+
+
+def test_rope_errors():
+    cos, sin = F.rope_table(4, 8)
+    with pytest.raises(ValueError, match="positions up to 5 need a longer table than 4 rows"):
+        F.rope(np.zeros((1, 3, 1, 8), np.float32), cos=cos, sin=sin, offset=2)
+    with pytest.raises(ValueError, match="head size 6 does not go with a table of width 4"):
+        F.rope(np.zeros((1, 3, 1, 6), np.float32), cos=cos, sin=sin)
