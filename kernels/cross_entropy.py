@@ -141,16 +141,23 @@ def numba_backward_inplace(logits, *rows):
 
 def _example(rng, size):
     N, V = (2048, 8192) if size == "large" else (int(rng.integers(1, 8)), int(rng.choice([1, 2, 5, 16, 31, 67, 130])))
-    logits = rng.standard_normal((N, V)) * rng.choice([1, 30])
+    logits = rng.standard_normal((N, V)) * (rng.choice([30, 1e4]) if size == "extreme" else 1)
     targets = rng.integers(0, V, N)
+    if size == "extreme" and rng.random() < 0.5:  # forbidden tokens, and ties for the largest
+        logits[rng.random((N, V)) < 0.2] = -np.inf
+        logits[:, : V // 2] = logits[:, :1]
+        logits[np.arange(N), targets] = logits[:, 0] = 0.5
     targets[rng.random(N) < 0.2] = -100
     return (logits, targets, float(rng.choice([1.0, 0.7]))), {}
 
 
 def _backward_example(rng, size):
     (logits, targets, scale), _ = _example(rng, size)
-    m, log_total, *_ = reference_forward(logits, targets, scale)
-    return (logits, targets, m, log_total, *rng.standard_normal((4, len(targets))), scale), {}
+    return (logits, targets, None, None, *rng.standard_normal((4, len(targets))), scale), {}
+
+
+def _saved(logits, targets, m, log_total, *rest):
+    return logits, targets, *forward(logits, targets, rest[-1])[:2], *rest
 
 
 forward = Kernel(
@@ -164,10 +171,12 @@ backward = Kernel(
     reference=reference_backward,
     versions={"numba": numba_backward},
     example=_backward_example,
+    saved=_saved,
 )
 backward_inplace = Kernel(
     "cross_entropy_backward_inplace",
     reference=reference_backward_inplace,
     versions={"numba": numba_backward_inplace},
     example=_backward_example,
+    saved=_saved,
 )

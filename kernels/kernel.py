@@ -16,15 +16,24 @@ class Kernel:
     name       what benchmarks and tests call it
     reference  plain array code for any device and float dtype: the specification the versions are tested against
     versions   {"numba": function, "cuda": function, ...}, same arguments and results as the reference
-    example    example(rng, size) -> (args, kwargs) in float64; size is "ragged" (small, awkward) or "large" (timing)
+    example    example(rng, size) -> (args, kwargs) in float64; size is "ragged" (small, awkward), "extreme" (as small,
+               with the largest values the kernel must bear) or "large" (for timing)
+    saved      for a backward: saved(*args) -> args in which what the forward had saved is the forward's own result
 
     Calling a Kernel runs the fastest version for the first array's device, or the reference where there is none.
     MINILLM_KERNELS=reference in the environment makes every call take the reference.
     """
 
-    def __init__(self, name, *, reference, versions, example):
-        self.name, self.reference, self.versions, self.example = name, reference, versions, example
+    def __init__(self, name, *, reference, versions, example, saved=lambda *args: args):
+        self.name, self.reference, self.versions = name, reference, versions
+        self._example, self._saved = example, saved
         KERNELS.append(self)
+
+    def example(self, rng, size, dtype=np.float64):
+        """(args, kwargs) of one call, with floats of this dtype."""
+        args, kwargs = self._example(rng, size)
+        args = [x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x for x in args]
+        return tuple(self._saved(*args)), kwargs
 
     def __repr__(self):
         return f"Kernel({self.name!r}, versions={['reference', *self.versions]})"

@@ -624,7 +624,7 @@ def max(x, *, axis=None, keepdims=False):
 def logsumexp(x, *, axis=-1, keepdims=False):
     """y = ln sum e^x over one axis, shifted by the maximum m so that nothing overflows.
 
-    dx = g softmax(x), since dy/dx_j = e^x_j / sum e^x = e^((x_j - m) - (y - m)). A slice of -inf only: y = -inf, dx = 0.
+    dx = g softmax(x), since dy/dx_j = e^x_j / sum e^x = e^((x_j - m) - (y - m)). If all x are -inf, y is, and dx = 0.
     Keeps x, and m and y - m.
     Example: logsumexp(randn(A, P, B), axis=1)
     """

@@ -236,7 +236,7 @@ def attention(q, k, v, *, start=None, scale=None):
     scale  1 / sqrt(D) if None
     dv_j = sum_i p_ij g_i, dq_i = scale sum_j ds_ij k_j, dk_j = scale sum_i ds_ij q_i,
     with ds_ij = p_ij (g_i . v_j - g_i . o_i) (kernels/attention.py).
-    Keeps q, k, v, o and one number per head and query.
+    Keeps q, k, v, o, start, and one number per head and query.
     Example: attention(randn(B, T, 2 * H, D), randn(B, T + S, H, D), randn(B, T + S, H, D), start=starts(B, T, S))
     """
     (B, Tq, H, D), (_, Tk, Hk, _) = q.shape, k.shape
@@ -308,7 +308,8 @@ def cross_entropy(logits, targets, *, weights=None, ignore_index=-100, label_smo
     Keeps logits, targets and a few numbers per row.
     Example: cross_entropy(randn(B, T, V), ids(V, B, T), weights=positive(B, T), label_smoothing=0.1, z_loss=0.01)
     """
-    rows, V = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1]), logits.shape[-1]
+    shape, V = logits.shape, logits.shape[-1]
+    rows = logits.reshape(math.prod(shape[:-1]), V)
     used = None if weights is None else weights != 0
     flat = _checked_targets("cross_entropy", targets, V, ignore_index, used)
     loss, m, log_total, a, c, d = _loss_rows(rows, flat, label_smoothing, z_loss)
@@ -317,7 +318,7 @@ def cross_entropy(logits, targets, *, weights=None, ignore_index=-100, label_smo
     def back(g):
         wg = w * g
         dlogits = cross_entropy_kernels.backward(rows, flat, m, log_total, wg * a, 0 * wg, wg * c, wg * d, 1.0)
-        return dlogits.reshape(logits.shape)
+        return dlogits.reshape(shape)
 
     return (loss * w).sum(), (back, None)
 
@@ -331,15 +332,16 @@ def token_logprobs(logits, targets, *, temperature=1.0, entropy=False, ignore_in
     Keeps logits, targets and a few numbers per row.
     Example: token_logprobs(randn(B, T, V), ids(V, B, T), temperature=0.7, entropy=True)
     """
-    rows, lead = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1]), targets.shape
-    flat = _checked_targets("token_logprobs", targets, logits.shape[-1], ignore_index)
+    shape, lead = logits.shape, targets.shape
+    rows = logits.reshape(math.prod(shape[:-1]), shape[-1])
+    flat = _checked_targets("token_logprobs", targets, shape[-1], ignore_index)
     m, log_total, x_target, _, x_mean = cross_entropy_kernels.forward(rows, flat, 1 / temperature)
     H = log_total - x_mean
 
     def back(g, g_H=None):
         coefficients = _logprob_coefficients(g.reshape(-1), None if g_H is None else g_H.reshape(-1), H, log_total)
         dlogits = cross_entropy_kernels.backward(rows, flat, m, log_total, *coefficients, 1 / temperature)
-        return dlogits.reshape(logits.shape)
+        return dlogits.reshape(shape)
 
     logp = (x_target - log_total).reshape(lead)
     return (logp, H.reshape(lead)) if entropy else logp, (back, None)
@@ -406,10 +408,10 @@ def linear_cross_entropy(
     """cross_entropy(linear(hidden, weight), targets, ...) in chunks of rows, so that the N x V logits never exist:
     hidden (..., D), weight (V, D), targets (...) int; the options are cross_entropy's.
 
-    dhidden = g dlogits weight, dweight = g dlogits^T hidden, with cross_entropy's dlogits. The result is a scalar whose
-    token weights are known beforehand, so a chunk's dlogits are made, in place, as soon as its logits are there, and
-    the two products with them; on the way back they are only multiplied by g. Without a gradient to make (no_grad),
-    none is. Rows that are ignored cost nothing.
+    dhidden = g dlogits weight, dweight = g dlogits^T hidden, with cross_entropy's dlogits (kernels/cross_entropy.py).
+    The result is a scalar whose token weights are known beforehand, so a chunk's dlogits are made, in place, as soon as
+    its logits are there, and the two products with them; on the way back they are only multiplied by g. Without a
+    gradient to make (no_grad), none is. Rows that are ignored cost nothing.
     Keeps dhidden and dweight.
     Example: linear_cross_entropy(randn(B, T, D), randn(V, D), ids(V, B, T), weights=positive(B, T), rows_per_chunk=3)
     """
@@ -445,8 +447,9 @@ def linear_token_logprobs(
     """token_logprobs(linear(hidden, weight), targets, ...) in chunks of rows, so that the N x V logits never exist:
     hidden (..., D), weight (V, D), targets (...) int; the options and results are token_logprobs'.
 
-    dhidden = dlogits weight, dweight = dlogits^T hidden, with token_logprobs' dlogits. What g will be is not known yet
-    (PPO, DPO), so the logits of a chunk are made again on the way back and turned into their gradient in place.
+    dhidden = dlogits weight, dweight = dlogits^T hidden, with token_logprobs' dlogits (kernels/cross_entropy.py).
+    What g will be is not known yet (PPO, DPO), so the logits of a chunk are made again on the way back and turned into
+    their gradient in place.
     Keeps hidden, weight, targets and a few numbers per row.
     Example: linear_token_logprobs(randn(B, T, D), randn(V, D), ids(V, B, T), entropy=True, rows_per_chunk=3)
     """

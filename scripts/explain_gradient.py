@@ -195,7 +195,10 @@ class Check:
         if not len(moving):
             moving = np.arange(self.error.size)
         spaced = np.unique(np.linspace(0, len(moving) - 1, SHOWN).astype(int))
-        return [*(self.row("", i) for i in moving[spaced]), self.row("worst: ", self.error.argmax())]
+        return [
+            *(self.row("", i) for i in moving[spaced]),
+            self.row(f"worst of {self.error.size}: ", self.error.argmax()),
+        ]
 
     def row(self, label, i):
         at = ", ".join(map(str, np.unravel_index(i, self.error.shape)))

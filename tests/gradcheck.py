@@ -10,6 +10,14 @@ from minillm.autograd import Tensor, backward
 
 RTOL, ATOL = 1e-5, 1e-7
 
+worst_errors = {}  # name -> [largest relative error, number of checks], for `pytest --errors`
+
+
+def note_error(name, error):
+    """Remember an error for the table that `pytest --errors` prints at the end."""
+    worst, count = worst_errors.get(name, (0.0, 0))
+    worst_errors[name] = max(worst, float(error)), count + 1
+
 
 def tensors_of(result):
     return result if isinstance(result, tuple) else (result,)

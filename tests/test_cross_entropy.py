@@ -219,3 +219,10 @@ def test_shapes_of_batches_go_through():
 
 def test_uniform_logits_cost_ln_v():
     assert np.isclose(F.cross_entropy(np.zeros((3, 50)), np.array([0, 7, 49])).item(), np.log(50), rtol=1e-14)
+
+
+def test_logits_that_are_a_view_are_kept_once():
+    """rows of a view are a copy; the way back needs that copy and only the shape of the view."""
+    logits, targets = Tensor(rng.standard_normal((2, 4, 11)), requires_grad=True), rng.integers(0, 11, (2, 3))
+    for loss in (F.cross_entropy(logits[:, :-1], targets), F.token_logprobs(logits[:, :-1], targets)):
+        assert sum(array.size == 2 * 3 * 11 for _, array in saved_arrays(loss)) == 1

@@ -97,7 +97,7 @@ def test_a_wrong_gradient_is_found(factor, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("WRONG: double's gradient for x ")
     if factor is ONE_ELEMENT:
-        assert any(line.startswith("  worst: x[1, 1] ") for line in lines)
+        assert any(line.startswith("  worst of 6: x[1, 1] ") for line in lines)
     assert script.main(["--all"]) == 1
     assert "WRONG: double's gradient" in capsys.readouterr().out
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from minillm import op_examples
 from minillm.autograd import Tensor, backward, checkpoint, op, saved_arrays
-from tests.gradcheck import gradcheck, is_float, output_like, tensors_of, vjp
+from tests.gradcheck import gradcheck, is_float, note_error, output_like, tensors_of, vjp
 from tests.strategies import LAYOUTS, OPS, calls, in_layout
 
 every_op = pytest.mark.parametrize("name", OPS)
@@ -48,11 +48,11 @@ def test_every_op_documents_and_exemplifies_itself():
 
 @every_op
 def test_gradient_is_the_derivative(name):
-    @settings(max_examples=30)
+    @settings(max_examples=60)
     @given(calls(OPS[name]))
     def check(call):
         inputs, constants, rng = call
-        gradcheck(bind(OPS[name], constants), *inputs, rng=rng)
+        note_error(f"op {name}: gradient", gradcheck(bind(OPS[name], constants), *inputs, rng=rng))
 
     check()
 
