@@ -168,7 +168,10 @@ def backward(tensors, gradients):
         op, parents, way_back = node.op, node.parents, node.way_back
         node.parents, node.way_back = (), None  # what it kept is freed as soon as it has run
         xp = xp_of(next(iter(have.values()))[0])
-        g = [have[i][0] if i in have else xp.zeros(*like) for i, like in enumerate(node.outputs)]
+        g = [  # in the dtype of the result it belongs to, whatever the ops above computed in
+            have[i][0].astype(dtype, copy=False) if i in have else xp.zeros(shape, dtype)
+            for i, (shape, dtype) in enumerate(node.outputs)
+        ]
         del have
         for i, ((parent, index), dx) in enumerate(zip(parents, _run_back(way_back, g), strict=True)):
             if parent is not None:

@@ -50,7 +50,7 @@ def linear(x, weight, bias=None):
         raise ValueError(f"linear: x {x.shape} has width {x.shape[-1]}, weight {weight.shape} takes {weight.shape[1]}")
     rows, (N, K), lead = math.prod(x.shape[:-1]), weight.shape, x.shape[:-1]
     flat, w = x.reshape(rows, K), weight.astype(x.dtype, copy=False)  # one large product instead of many small ones
-    y = flat @ w.T
+    y = (flat @ w.T).astype(x.dtype, copy=False)  # NumPy multiplies bfloat16 into float32
     if bias is not None:
         y += bias.astype(x.dtype, copy=False)
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 from hypothesis import strategies as st
-from minillm.kernels import attention, jit
 
 from minillm import autograd, functional
+from minillm.kernels import attention, jit
 from minillm.op_examples import POSITIVE, draw, letters, ops_of
 
 OPS = ops_of(autograd, functional)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minillm.kernels.attention import TILE
 
 from minillm import autograd as ag
 from minillm import functional as F
 from minillm.autograd import Tensor
+from minillm.kernels.attention import TILE
 from tests.gradcheck import gradcheck
 
 LENGTHS = [1, 2, 5, TILE - 1, TILE, TILE + 1, 2 * TILE + 1]

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minillm.kernels import cross_entropy as kernels
 
 from minillm import autograd as ag
 from minillm import functional as F
 from minillm.autograd import Tensor, no_grad, saved_arrays
+from minillm.kernels import cross_entropy as kernels
 from tests.gradcheck import gradcheck
 
 rng = np.random.default_rng(0)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from minillm.kernels import device
 
 from minillm import functional as F
 from minillm.autograd import Tensor
+from minillm.kernels import device
 
 rng = np.random.default_rng(0)
 

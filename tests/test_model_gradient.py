@@ -1,11 +1,13 @@
 """A whole two-layer Llama, built from the ops: one gradient check, and fused against unfused."""
 
+import ml_dtypes
 import numpy as np
-from minillm.kernels.adamw import step_inplace
+import pytest
 
 from minillm import autograd as ag
 from minillm import functional as F
 from minillm.autograd import Tensor, checkpoint
+from minillm.kernels.adamw import step_inplace
 from tests.gradcheck import gradcheck, vjp
 
 V, D, H, HK, L, FF = 13, 12, 4, 2, 2, 10
@@ -57,9 +59,10 @@ def rotate(t, cos, sin):
     return ag.concat(F.rope(t[..., :even], cos=cos, sin=sin), t[..., even:])
 
 
-def loss(tokens, start, targets, names, *values, fused=True, checkpointed=False):
+def loss(tokens, start, targets, names, *values, fused=True, checkpointed=False, activations=None):
     p = dict(zip(names, values, strict=True))
     x = F.embedding(tokens, p["embed"])
+    x = x if activations is None else ag.cast(x, dtype=activations)
     for i in range(L):
 
         def layer(*inputs):
@@ -115,6 +118,27 @@ def test_checkpointed_blocks_give_the_same_bits():
     assert np.array_equal(results[0][0], results[1][0])
     for a, b in zip(results[0][1], results[1][1], strict=True):
         assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("activations", [np.float16, ml_dtypes.bfloat16])
+def test_sixteen_bit_activations_with_float32_weights(activations):
+    """The dtype is chosen once, after the embedding; every weight keeps float32 and gets a float32 gradient."""
+    rng = np.random.default_rng(4)
+    p = parameters(rng, np.float32)
+    tokens, start, targets = batch(rng)
+    results = [
+        vjp(
+            lambda *v, a=a: loss(tokens, start, targets, list(p), *v, activations=a),
+            list(p.values()),
+            [np.ones((), np.float32)],
+        )
+        for a in (None, activations)
+    ]
+    assert results[1][0][0].dtype == np.float32  # a loss is a sum over many, and is not rounded to 16 bits
+    for name, exact, ours in zip(p, results[0][1], results[1][1], strict=True):
+        assert ours.dtype == np.float32
+        error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
+        assert error < (0.01 if activations == np.float16 else 0.06), (name, error)
 
 
 def test_one_batch_is_learnt_by_heart():

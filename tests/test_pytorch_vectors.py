@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from minillm.kernels.adamw import step_inplace
 
 from minillm import functional as F
+from minillm.kernels.adamw import step_inplace
 
 VECTORS = Path(__file__).parents[2] / "shared" / "data" / "vectors" / "torch_sdpa_rope_adamw.npz"
 pytestmark = pytest.mark.skipif(not VECTORS.exists(), reason="the PyTorch vectors are not beside this checkout")
