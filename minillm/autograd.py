@@ -96,6 +96,9 @@ class Tensor:
     def __len__(self):
         return len(self.data)
 
+    def __array__(self, *_, **__):
+        raise TypeError("a Tensor is not an array, and NumPy would lose its gradient; use tensor.data for the array")
+
     def item(self):
         """The one element as a Python number."""
         return self.data.item()
@@ -197,10 +200,18 @@ def _accumulate(leaf, g):
 
 def op(function):
     """Lift a function of arrays, which returns (result, way back), to Tensors. See the head of this file."""
-    wants_needs = "needs" in inspect.signature(function).parameters
+    parameters = inspect.signature(function).parameters
+    wants_needs = "needs" in parameters
+    names = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    optional = {name for name in names if parameters[name].default is None}
 
     @functools.wraps(function)
     def lifted(*inputs, **constants):
+        # an input may be given by its name, and an optional one that is not given is None
+        for name in names[len(inputs) :]:
+            if name not in constants and name not in optional:
+                raise TypeError(f"{function.__name__} needs its input {name!r}")
+            inputs = (*inputs, constants.pop(name, None))
         inputs = _as_tensors(inputs)
         needs = [x is not None and x.requires_grad for x in inputs]
         mode = _recording.get()

@@ -409,6 +409,9 @@ def test_errors_say_what_is_wrong():
         Tensor(np.arange(3), requires_grad=True)
     with pytest.raises(TypeError, match="cut the graph"):
         Tensor(x)
+    for misuse in (lambda: np.asarray(x), lambda: np.mean(x), lambda: np.exp(x)):
+        with pytest.raises(TypeError):
+            misuse()
     with pytest.raises(ValueError, match="do not add up to axis -1"):
         ag.split(x, sizes=(1, 1))
     with pytest.raises(ValueError, match="matmul takes matrices"):

@@ -79,6 +79,25 @@ def test_linear_takes_the_activations_dtype_and_gives_the_weight_its_own():
         F.linear(x, np.ones((4, 5)))
 
 
+def test_a_bias_may_be_left_out_none_or_named():
+    x, w, b = rng.standard_normal((2, 3)), rng.standard_normal((4, 3)), rng.standard_normal(4)
+    for call, bias in (
+        (lambda x, w, b: F.linear(x, w), None),
+        (lambda x, w, b: F.linear(x, w, None), None),
+        (lambda x, w, b: F.linear(x, w, bias=None), None),
+        (lambda x, w, b: F.linear(x, w, b), b),
+        (lambda x, w, b: F.linear(x, w, bias=b), b),
+        (lambda x, w, b: F.linear(bias=b, weight=w, x=x), b),
+    ):
+        leaf = Tensor(b, requires_grad=True)
+        y = call(Tensor(x, requires_grad=True), w, leaf)
+        y.backward(np.ones((2, 4)))
+        assert np.allclose(y.data, x @ w.T + (0 if bias is None else bias), rtol=1e-14)
+        assert (leaf.grad is None) if bias is None else np.array_equal(leaf.grad, np.full(4, 2.0))
+    with pytest.raises(TypeError, match="linear needs its input 'weight'"):
+        F.linear(x)
+
+
 def test_norms_against_their_definition():
     x = 5 + 3 * rng.standard_normal((4, 7))
     w, b = rng.standard_normal((2, 7))
