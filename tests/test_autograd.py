@@ -186,6 +186,23 @@ def test_kinks_and_ties():
         assert np.array_equal(b.grad, [0, 0])
 
 
+def test_clip_lets_its_bounds_through_and_power_0_is_flat():
+    x = Tensor(np.array([-1.0, -0.5, 0.0, 0.5, 1.0]), requires_grad=True)
+    ag.clip(x, low=-0.5, high=0.5).sum().backward()
+    assert np.array_equal(x.grad, [0, 1, 1, 1, 0])
+    x.grad = None
+    (x**0).sum().backward()
+    assert np.array_equal(x.grad, np.zeros(5))
+
+
+def test_where_drops_even_an_infinite_gradient():
+    x, y = leaf(3), leaf(3)
+    z = ag.where(x, y, condition=np.array([True, False, True]))
+    z.backward(np.array([np.inf, np.nan, 2.0]))
+    assert np.array_equal(x.grad, [np.inf, 0, 2])
+    assert np.array_equal(y.grad, [0, np.nan, 0], equal_nan=True)
+
+
 def test_where_does_not_let_a_nan_through():
     x = Tensor(np.array([0.0, 4.0]), requires_grad=True)
     positive = x.data > 0
@@ -385,6 +402,14 @@ def test_nested_checkpoints_tuples_and_unused_inputs():
     e = np.exp(x.data)
     assert np.allclose(x.grad, e * x.data + e + 2, rtol=1e-14)
     assert np.array_equal(unused.grad, np.zeros(2))
+
+
+def test_backward_through_a_checkpoint_may_run_under_no_grad():
+    x = leaf(3)
+    y = checkpoint(ag.exp, x)
+    with no_grad():
+        y.backward(np.ones(3))
+    assert np.array_equal(x.grad, np.exp(x.data))
 
 
 def test_checkpoint_keeps_only_its_inputs():

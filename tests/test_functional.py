@@ -148,6 +148,14 @@ def test_softmax_of_extreme_rows():
     assert not x.grad[1].any()
 
 
+def test_softmax_of_16_bits_adds_up_in_32():
+    x = rng.standard_normal((4, 3000)).astype(np.float16)
+    y = F.softmax(x).data
+    wide = np.exp(x.astype(np.float64))
+    assert y.dtype == np.float16
+    assert np.allclose(y, wide / wide.sum(-1, keepdims=True), rtol=1e-3, atol=6e-8)
+
+
 # ------------------------------------------------------------------ dropout
 
 
@@ -228,6 +236,15 @@ def test_rope_is_relative_and_keeps_lengths(offset, seed):
         return np.einsum("bihd,bjhd->bhij", *turned)
 
     assert np.allclose(scores(offset), scores(0), rtol=0, atol=1e-11)
+
+
+def test_rope_offset_is_where_the_tokens_stand():
+    x = rng.standard_normal((2, 9, 3, 8))
+    cos, sin = F.rope_table(9, 8, dtype=np.float64)
+    whole = F.rope(x, cos=cos, sin=sin).data
+    for offset in range(9):
+        assert np.array_equal(F.rope(x[:, offset:], cos=cos, sin=sin, offset=offset).data, whole[:, offset:])
+    assert np.array_equal(whole[:, 0], x[:, 0])  # position 0 is not turned at all
 
 
 def test_rope_errors():
