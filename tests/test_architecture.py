@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # so are all the files of kernels/ that are ops. Rows stand in reading order: a module imports only what stands above.
 OP = "kernels.<op>"
 ENGINE = ["kernels.device", "autograd", "functional"]
-LIBRARY = [*ENGINE, "model", "losses", "generate", "data"]
+LIBRARY = [*ENGINE, "model", "scaling", "hub", "losses", "generate", "data"]
 ARROWS = {
     "kernels": [],
     "kernels.device": [],
@@ -23,11 +23,13 @@ ARROWS = {
     "functional": ["kernels.device", OP, "autograd"],
     "op_examples": [],
     "model": ENGINE,
+    "scaling": ["model"],
+    "hub": ["kernels.device", "model"],
     "losses": ENGINE,
     "data": ["data"],
     "generate": [*ENGINE, "model", "losses"],
     "trainers": [*LIBRARY, "trainers"],
-    "scripts": [*LIBRARY, "op_examples", "trainers", "scripts", "kernels.kernel", OP],
+    "scripts": [*LIBRARY, "op_examples", "trainers", "scripts", "kernels", "kernels.kernel", OP],
     "tests": [*LIBRARY, "op_examples", "trainers", "tests", "kernels", "kernels.jit", "kernels.kernel", OP],
 }
 

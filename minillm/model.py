@@ -1,0 +1,432 @@
+"""
+Two decoder-only transformers: Llama (with what Mistral, Qwen2 and Qwen3 add to it) and GPT-2.
+
+    hidden = model.hidden(tokens, start)            (B, T) ids -> (B, T, D), the input of the head
+    logits = model(tokens, start)                   (B, T, V), or (B, T, 1) with a scalar head
+
+Losses take `hidden` and `model.head` (kernels that never make the logits), so no loss is in here. `start` is
+attention's: (B, T) int32, the first position each token may see, for packed documents and left padding.
+
+Parameters live in a flat dict under their Hugging Face names and shapes. Underneath they are views into one flat array,
+and their gradients into another, so that an optimizer, clipping and zeroing are one pass; and because q, k, v lie side
+by side there, and gate, up too, their fused weights, which the computation uses, are views as well.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from minillm import functional as F
+from minillm.autograd import Tensor, add, checkpoint, split, transpose
+
+# ------------------------------------------------------------------ config
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and switches of a model, under the names of Hugging Face's config.json. Impossible values are ValueErrors.
+
+    architecture  "llama" (RMSNorm, RoPE, SwiGLU; also Mistral, Qwen2, Qwen3) or "gpt2" (LayerNorm, learned positions,
+                  GELU, biases everywhere)
+    head          "lm" for logits, "scalar" for one number per token: reward and value models
+    """
+
+    vocab_size: int
+    hidden_size: int = 128
+    intermediate_size: int | None = None  # None: 8/3 hidden_size up to a multiple of 32 (llama), 4 hidden_size (gpt2)
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None  # None: one per attention head
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 1024
+    architecture: str = "llama"
+    head: str = "lm"
+    tie_word_embeddings: bool = True
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # see functional.rope_table
+    attention_bias: bool = False  # biases on q, k and v (Qwen2)
+    qk_norm: bool = False  # RMSNorm on each head of q and k, before RoPE (Qwen3)
+    sliding_window: int | None = None  # a token sees this many positions, its own included (Mistral)
+    window_layers: tuple[int, ...] | None = None  # the layers that have the window; None: all of them
+    initializer_range: float = 0.02
+    activation_checkpointing: bool = False  # keep only each block's input, and run it again on the way back
+
+    def __post_init__(self):
+        fill = self._fill
+        fill("num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+            self._refuse("num_attention_heads", f"must divide hidden_size {self.hidden_size}")
+        fill("head_dim", self.hidden_size // max(self.num_attention_heads, 1))
+        if self.architecture == "gpt2":
+            fill("intermediate_size", 4 * self.hidden_size)
+        fill("intermediate_size", -(-8 * self.hidden_size // 96) * 32)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, int | None) and value is not None and (not _is_int(value) or value < 1):
+                self._refuse(field.name, "must be a positive whole number")
+        for name, choices in (("architecture", ("llama", "gpt2")), ("head", ("lm", "scalar"))):
+            if getattr(self, name) not in choices:
+                self._refuse(name, f"must be one of {', '.join(choices)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            self._refuse("num_key_value_heads", f"must divide num_attention_heads {self.num_attention_heads}")
+        if self.architecture == "llama" and self.head_dim % 2:
+            self._refuse("head_dim", "must be even: RoPE turns pairs")
+        for name in ("norm_eps", "rope_theta", "initializer_range"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                self._refuse(name, "must be positive")
+        if self.architecture == "gpt2":
+            for name in ("attention_bias", "qk_norm", "sliding_window", "rope_scaling"):
+                if getattr(self, name):
+                    self._refuse(name, "is not for gpt2")
+            if self.num_key_value_heads != self.num_attention_heads:
+                self._refuse("num_key_value_heads", "must equal num_attention_heads for gpt2")
+        F.rope_table(1, self.head_dim + self.head_dim % 2, scaling=self.rope_scaling)  # an unknown type is an error now
+
+    def _fill(self, name, value):
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    def _refuse(self, name, why):
+        raise ValueError(f"Config.{name} = {getattr(self, name)!r} {why}")
+
+    def window_of(self, layer):
+        """The sliding window of a layer, or None."""
+        return self.sliding_window if self.window_layers is None or layer in self.window_layers else None
+
+
+def _is_int(value):
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+# ------------------------------------------------------------------ key-value cache
+
+
+class Cache:
+    """Keys and values of the tokens so far, per layer: two (B, capacity, Hk, D) arrays. `length` tokens are in."""
+
+    def __init__(self, config, rows, capacity, like):
+        shape = (config.num_hidden_layers, rows, capacity, config.num_key_value_heads, config.head_dim)
+        self.keys, self.values = F.empty(like, shape), F.empty(like, shape)
+        self.length, self.capacity = 0, capacity
+
+    def extend(self, layer, k, v):
+        """Append (B, T, Hk, D) keys and values of one layer; returns all of that layer's so far."""
+        end = self.length + k.shape[1]
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, and {end} are needed")
+        self.keys[layer, :, self.length : end], self.values[layer, :, self.length : end] = k, v
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+    def keep(self, rows):
+        """Drop all rows but these (an index array)."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
+# ------------------------------------------------------------------ parameters
+
+
+class Model:
+    """What both architectures share: parameters in one flat memory, the walk through the blocks, and the head.
+
+    parameters  {Hugging Face name: Tensor}; .data and .grad are views into `flat` and `flat_grad`
+    flat        every parameter, one after another, in the order of `parameters`
+    flat_grad   the gradients, likewise; zero it after each optimizer step: model.flat_grad[...] = 0
+    """
+
+    def __init__(self, config, seed=0, dtype=np.float32):
+        self.config = config
+        shapes = self.shapes(config)
+        size = sum(math.prod(shape) for shape in shapes.values())
+        self.flat, self.flat_grad = np.zeros(size, dtype), np.zeros(size, dtype)
+        self._place(shapes)
+        rng = np.random.default_rng(seed)
+        for name, p in self.parameters.items():
+            self._initialise(name, p.data, rng)
+
+    def _place(self, shapes):
+        """Make the Tensors that are views into flat: the named ones, and the ones the computation uses."""
+        self._offsets, offset = {}, 0
+        for name, shape in shapes.items():
+            self._offsets[name] = offset, shape
+            offset += math.prod(shape)
+        self.parameters = {name: self._view(name) for name in shapes}
+        self.used = self._fused(dict(self.parameters))
+
+    def _view(self, first, shape=None):
+        """The Tensor that starts where the parameter `first` does; with a shape, it spans its neighbours too."""
+        offset, own = self._offsets[first]
+        shape = own if shape is None else shape
+        part = slice(offset, offset + math.prod(shape))
+        tensor = Tensor(self.flat[part].reshape(shape), requires_grad=True)
+        tensor.grad = self.flat_grad[part].reshape(shape)
+        return tensor
+
+    def _initialise(self, name, data, rng):
+        """N(0, initializer_range) for matrices, with residual projections scaled by 1 / sqrt(2 layers) (Radford et al.
+        2019); 1 for norms, 0 for biases; 1 / sqrt(hidden_size + 1) for a scalar head (Stiennon et al. 2020)."""
+        if name.endswith("bias"):
+            data[...] = 0
+        elif data.ndim == 1:
+            data[...] = 1
+        else:
+            std = self.config.initializer_range
+            if name.endswith(self.residual_projections):
+                std /= math.sqrt(2 * self.config.num_hidden_layers)
+            if name == "score.weight":
+                std = 1 / math.sqrt(self.config.hidden_size + 1)
+            data[...] = std * rng.standard_normal(data.shape)
+
+    def load(self, arrays):
+        """Copy {name: array} into the parameters. Every name and shape must fit; an error names those that do not, and
+        then nothing has been copied."""
+        missing, extra = sorted(self.parameters.keys() - arrays.keys()), sorted(arrays.keys() - self.parameters.keys())
+        wrong = [
+            f"{name} is {tuple(arrays[name].shape)}, not {p.shape}"
+            for name, p in self.parameters.items()
+            if name in arrays and tuple(arrays[name].shape) != p.shape
+        ]
+        if missing or extra or wrong:
+            found = (("missing", missing), ("not known", extra), ("misshapen", wrong))
+            raise ValueError("; ".join(f"{what}: {', '.join(names[:5])}" for what, names in found if names))
+        for name, p in self.parameters.items():
+            p.data[...] = arrays[name]
+
+    @property
+    def head(self):
+        """The head's weight: (V, D) for logits (the embedding where it is tied), (1, D) for a scalar."""
+        name = self.head_name
+        return self.used[name] if name in self.used else self.used[self.embedding_name]
+
+    # -------------------------------------------------------------- forward
+
+    def hidden(self, tokens, start=None, cache=None):
+        """The last layer's output for each token after the norm, (B, T, D), as a Tensor.
+
+        tokens (B, T) int; start (B, T) int32 or None; cache: a Cache that holds the tokens before these and takes these
+        ValueError where a token would stand further from its row's (or document's) start than the context is long.
+        """
+        before = 0 if cache is None else cache.length
+        B, T = tokens.shape
+        if start is None:
+            start = np.zeros((B, T), np.int32)
+        context = self.config.max_position_embeddings
+        longest = int((np.arange(before, before + T) - start).max(initial=-1)) + 1
+        if longest > context:
+            raise ValueError(f"{longest} tokens are more than the model's context of {context}")
+        x = self._embed(tokens, start, before)
+        for layer in range(self.config.num_hidden_layers):
+            x = self._run_block(layer, x, start, before, cache)
+        if cache is not None:
+            cache.length += T
+        return self._final_norm(x)
+
+    def _run_block(self, layer, x, start, before, cache):
+        window = self.config.window_of(layer)
+        if window is not None:
+            first = np.arange(before, before + x.shape[1], dtype=np.int32) - (window - 1)
+            start = np.maximum(start, first)
+        names = self.block_names(layer)
+
+        def block(x, *weights):
+            return self._block(x, dict(zip(names, weights, strict=True)), layer, start, before, cache)
+
+        weights = [self.used[name] for name in names]
+        run = checkpoint if self.config.activation_checkpointing and cache is None else _call
+        return run(block, x, *weights)
+
+    def __call__(self, tokens, start=None, cache=None):
+        """logits (B, T, V), or (B, T, 1) with a scalar head. Arguments as for `hidden`."""
+        return F.linear(self.hidden(tokens, start, cache), self.head)
+
+    def new_cache(self, rows, capacity):
+        """An empty Cache for `rows` sequences of up to `capacity` tokens."""
+        return Cache(self.config, rows, capacity, self.flat)
+
+
+def _call(f, *inputs):
+    return f(*inputs)
+
+
+def _attend(q, k, v, layer, start, cache):
+    """Attention over these tokens and, if there is a cache, the ones before."""
+    if cache is not None:
+        k, v = cache.extend(layer, k.data, v.data)
+    return F.attention(q, k, v, start=start)
+
+
+# ------------------------------------------------------------------ Llama
+
+
+class Llama(Model):
+    """x = x + o(attention(norm(x))), x = x + down(swiglu(norm(x))), per block (Touvron et al. 2023)."""
+
+    residual_projections = ("o_proj.weight", "down_proj.weight")
+    embedding_name = "model.embed_tokens.weight"
+
+    def __init__(self, config, seed=0, dtype=np.float32):
+        if config.architecture != "llama":
+            raise ValueError(f"Llama takes a Config of architecture 'llama', not {config.architecture!r}")
+        super().__init__(config, seed, dtype)
+        self._grow_table(config.max_position_embeddings)
+
+    def _grow_table(self, length):
+        """cos and sin for positions below `length`. Padding on the left can shift a row beyond the context it fills."""
+        c, dtype = self.config, self.flat.dtype
+        table = F.rope_table(length, c.head_dim, theta=c.rope_theta, scaling=c.rope_scaling, dtype=dtype)
+        self.cos, self.sin = table
+
+    @property
+    def head_name(self):
+        return "lm_head.weight" if self.config.head == "lm" else "score.weight"
+
+    @staticmethod
+    def shapes(config):
+        """{name: shape} of every parameter, in the order of flat memory: what is fused stands side by side."""
+        c, d = config, config.hidden_size
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        shapes = {"model.embed_tokens.weight": (c.vocab_size, d)}
+        for i in range(c.num_hidden_layers):
+            layer, attention = f"model.layers.{i}.", f"model.layers.{i}.self_attn."
+            shapes |= {layer + "input_layernorm.weight": (d,)}
+            shapes |= {f"{attention}{n}_proj.weight": (size, d) for n, size in (("q", q), ("k", kv), ("v", kv))}
+            if c.attention_bias:
+                shapes |= {f"{attention}{n}_proj.bias": (size,) for n, size in (("q", q), ("k", kv), ("v", kv))}
+            if c.qk_norm:
+                shapes |= {f"{attention}{n}_norm.weight": (c.head_dim,) for n in "qk"}
+            shapes |= {attention + "o_proj.weight": (d, q)}
+            shapes |= {layer + "post_attention_layernorm.weight": (d,)}
+            shapes |= {f"{layer}mlp.{n}_proj.weight": (c.intermediate_size, d) for n in ("gate", "up")}
+            shapes |= {layer + "mlp.down_proj.weight": (d, c.intermediate_size)}
+        shapes |= {"model.norm.weight": (d,)}
+        if c.head == "scalar":
+            shapes |= {"score.weight": (1, d)}
+        elif not c.tie_word_embeddings:
+            shapes |= {"lm_head.weight": (c.vocab_size, d)}
+        return shapes
+
+    def _fused(self, used):
+        """q|k|v and gate|up as one Tensor each, in place of their parts."""
+        c = self.config
+        qkv = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+        for i in range(c.num_hidden_layers):
+            attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+            used[attention + "qkv.weight"] = self._view(attention + "q_proj.weight", (qkv, c.hidden_size))
+            if c.attention_bias:
+                used[attention + "qkv.bias"] = self._view(attention + "q_proj.bias", (qkv,))
+            shape = (2 * c.intermediate_size, c.hidden_size)
+            used[mlp + "gate_up.weight"] = self._view(mlp + "gate_proj.weight", shape)
+            parts = [attention + f"{n}_proj" for n in "qkv"] + [mlp + f"{n}_proj" for n in ("gate", "up")]
+            for name in [f"{part}.{kind}" for part in parts for kind in ("weight", "bias")]:
+                used.pop(name, None)
+        return used
+
+    def block_names(self, layer):
+        return [name for name in self.used if name.startswith(f"model.layers.{layer}.")]
+
+    def _embed(self, tokens, start, before):
+        if before + tokens.shape[1] > len(self.cos):
+            self._grow_table(2 * (before + tokens.shape[1]))
+        return F.embedding(tokens, self.used[self.embedding_name])
+
+    def _final_norm(self, x):
+        return F.rms_norm(x, self.used["model.norm.weight"], eps=self.config.norm_eps)
+
+    def _block(self, x, weights, layer, start, before, cache):
+        c, (B, T, _) = self.config, x.shape
+        w = {name.removeprefix(f"model.layers.{layer}."): weight for name, weight in weights.items()}
+        queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+
+        h = F.rms_norm(x, w["input_layernorm.weight"], eps=c.norm_eps)
+        h = F.linear(h, w["self_attn.qkv.weight"], w.get("self_attn.qkv.bias"))
+        q, k, v = (p.reshape(B, T, -1, c.head_dim) for p in split(h, sizes=(queries, keys, keys)))
+        if c.qk_norm:
+            q = F.rms_norm(q, w["self_attn.q_norm.weight"], eps=c.norm_eps)
+            k = F.rms_norm(k, w["self_attn.k_norm.weight"], eps=c.norm_eps)
+        q, k = (F.rope(p, cos=self.cos, sin=self.sin, offset=before) for p in (q, k))
+        mixed = _attend(q, k, v, layer, start, cache)
+        x = add(x, F.linear(mixed.reshape(B, T, queries), w["self_attn.o_proj.weight"]))
+
+        h = F.rms_norm(x, w["post_attention_layernorm.weight"], eps=c.norm_eps)
+        gate, up = split(F.linear(h, w["mlp.gate_up.weight"]), sizes=(c.intermediate_size, c.intermediate_size))
+        return add(x, F.linear(F.swiglu(gate, up), w["mlp.down_proj.weight"]))
+
+
+# ------------------------------------------------------------------ GPT-2
+
+
+class GPT2(Model):
+    """x = x + proj(attention(norm(x))), x = x + proj(gelu(fc(norm(x)))), per block (Radford et al. 2019). Its matrices
+    are stored (in, out), as in its checkpoints, and used transposed."""
+
+    residual_projections = ("c_proj.weight",)
+    embedding_name = "transformer.wte.weight"
+
+    def __init__(self, config, seed=0, dtype=np.float32):
+        if config.architecture != "gpt2":
+            raise ValueError(f"GPT2 takes a Config of architecture 'gpt2', not {config.architecture!r}")
+        super().__init__(config, seed, dtype)
+
+    @property
+    def head_name(self):
+        return "lm_head.weight" if self.config.head == "lm" else "score.weight"
+
+    @staticmethod
+    def shapes(config):
+        """{name: shape} of every parameter, in the order of flat memory."""
+        c, d = config, config.hidden_size
+        shapes = {"transformer.wte.weight": (c.vocab_size, d)}
+        shapes |= {"transformer.wpe.weight": (c.max_position_embeddings, d)}
+        for i in range(c.num_hidden_layers):
+            h = f"transformer.h.{i}."
+            for norm, part, width in (("ln_1", "attn.c_attn", 3 * d), ("ln_2", "mlp.c_fc", c.intermediate_size)):
+                back = "attn.c_proj" if norm == "ln_1" else "mlp.c_proj"
+                wide = d if norm == "ln_1" else c.intermediate_size
+                shapes |= {f"{h}{norm}.weight": (d,), f"{h}{norm}.bias": (d,)}
+                shapes |= {f"{h}{part}.weight": (d, width), f"{h}{part}.bias": (width,)}
+                shapes |= {f"{h}{back}.weight": (wide, d), f"{h}{back}.bias": (d,)}
+        shapes |= {"transformer.ln_f.weight": (d,), "transformer.ln_f.bias": (d,)}
+        if c.head == "scalar":
+            shapes |= {"score.weight": (1, d)}
+        elif not c.tie_word_embeddings:
+            shapes |= {"lm_head.weight": (c.vocab_size, d)}
+        return shapes
+
+    def _fused(self, used):
+        return used
+
+    def block_names(self, layer):
+        return [name for name in self.used if name.startswith(f"transformer.h.{layer}.")]
+
+    def _embed(self, tokens, start, before):
+        """Learned positions count from each row's first token: padding on the left moves nobody's position."""
+        positions = np.maximum(np.arange(before, before + tokens.shape[1]) - start, 0)
+        return F.embedding(tokens, self.used["transformer.wte.weight"]) + F.embedding(
+            positions, self.used["transformer.wpe.weight"]
+        )
+
+    def _final_norm(self, x):
+        weight, bias = self.used["transformer.ln_f.weight"], self.used["transformer.ln_f.bias"]
+        return F.layer_norm(x, weight, bias, eps=self.config.norm_eps)
+
+    def _block(self, x, weights, layer, start, before, cache):
+        c, (B, T, D) = self.config, x.shape
+        w = {name.removeprefix(f"transformer.h.{layer}."): weight for name, weight in weights.items()}
+
+        def norm(x, name):
+            return F.layer_norm(x, w[f"{name}.weight"], w[f"{name}.bias"], eps=c.norm_eps)
+
+        def linear(x, name):
+            return F.linear(x, transpose(w[f"{name}.weight"]), w[f"{name}.bias"])
+
+        qkv = split(linear(norm(x, "ln_1"), "attn.c_attn"), sizes=(D, D, D))
+        q, k, v = (p.reshape(B, T, c.num_attention_heads, c.head_dim) for p in qkv)
+        mixed = _attend(q, k, v, layer, start, cache)
+        x = add(x, linear(mixed.reshape(B, T, D), "attn.c_proj"))
+        return add(x, linear(F.gelu(linear(norm(x, "ln_2"), "mlp.c_fc"), approximate="tanh"), "mlp.c_proj"))
+
+
+def build(config, seed=0, dtype=np.float32):
+    """The model of config.architecture, with fresh weights."""
+    return {"llama": Llama, "gpt2": GPT2}[config.architecture](config, seed, dtype)
