@@ -28,6 +28,8 @@ LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 SPECIAL_TOKENS = (BOS, EOS, PAD, *CHATML, *LLAMA2, *LLAMA3)
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # no merges: one token for one byte
 
+UNUSED_BYTES = {0xC0, 0xC1, *range(0xF5, 0x100)}  # they do not occur in UTF-8, and a vocabulary may lack them
+
 # The probe of every tokenizer that comes in: spaces, case, line ends, an escape, composed and wide characters.
 PROBE = "  A b\r\n\t\0\x1b é🙂.\n"
 
@@ -63,7 +65,10 @@ class Tokenizer:
     """
 
     def __init__(self, backend, bos=None, eos=None, pad=None):
-        """Wraps a `tokenizers.Tokenizer`. ValueError: a role that is no token, pad == eos, not byte-level, not lossless."""
+        """Wraps a `tokenizers.Tokenizer`, which belongs to this object from then on.
+
+        ValueError: a role that is no token, pad == eos, a vocabulary that is not byte-level or loses text.
+        """
         if pad is not None and pad == eos:
             raise ValueError(f"pad and eos are both {pad!r}: padding has to be a token of its own")
         for role, name in (("bos", bos), ("eos", eos), ("pad", pad)):
@@ -85,7 +90,6 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id = (None if n is None else vocabulary[n] for n in (bos, eos, pad))
 
         alphabet = byte_alphabet()
-        # 0xC0, 0xC1 and 0xF5 and above do not occur in UTF-8.
         if missing := [b for b, char in enumerate(alphabet) if char not in vocabulary and b not in UNUSED_BYTES]:
             raise ValueError(f"not a byte-level vocabulary: it has no token for {len(missing)} of the bytes of UTF-8")
         byte = {char: b for b, char in enumerate(alphabet)}
@@ -199,7 +203,7 @@ class Tokenizer:
 
         ValueError: not a string, or a lone surrogate in it, which no UTF-8 can spell.
         """
-        return self.encode_batch([text])[0]
+        return self._checked(self._backend.encode(require_unicode(text), add_special_tokens=False).ids)
 
     def encode_batch(self, texts):
         """`encode` of each of a list of strings, on all cores."""
@@ -207,7 +211,7 @@ class Tokenizer:
         return [self._checked(encoding.ids) for encoding in encodings]
 
     def _checked(self, ids):
-        """`ids` as an array. A foreign vocabulary may have merges that spell a control token: better no ids than these."""
+        """`ids` as an array. Somebody's merges may spell a control token: then better no ids than these."""
         if not self._control_ids.isdisjoint(ids):
             name = next(name for name, i in self.special_tokens.items() if i in ids)
             raise ValueError(f"text can forge the control token {name!r}: the vocabulary's own merges spell it")
@@ -225,8 +229,8 @@ class Tokenizer:
 
         Bytes that are no UTF-8 (a sequence may be cut inside a character) become U+FFFD. ValueError: no such id.
         """
-        decoder = self.decoder(skip_special)
-        return "".join([*map(decoder.push, np.asarray(ids).tolist()), decoder.flush()])
+        skipped = self._control_ids if skip_special else ()
+        return b"".join(self.token_bytes(i) for i in ids if i not in skipped).decode("utf-8", "replace")
 
     def decoder(self, skip_special=False):
         """A `Decoder`, to print tokens as they are made: what its calls return adds up to `decode` of all the ids."""
@@ -251,9 +255,6 @@ class Decoder:
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text
-
-
-UNUSED_BYTES = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
 
 def bare_backend(vocabulary, merges):
