@@ -33,7 +33,14 @@ setup(
     package_dir={"minillm.kernels": "kernels"},
     package_data={"minillm.kernels": ["*.cu", "*.cuh"]},
     python_requires=">=3.11,<3.14",
-    install_requires=["numpy>=2.1.2,<2.6", "numba>=0.66,<0.70", "ml_dtypes>=0.5", "safetensors>=0.5"],
+    install_requires=[
+        "numpy>=2.1.2,<2.6",
+        "numba>=0.66,<0.70",
+        "ml_dtypes>=0.5",
+        "safetensors>=0.5",
+        "tokenizers>=0.21,<0.24",
+        "jinja2>=3.1",
+    ],
     extras_require={
         # One of these two, by driver: two CuPy wheels in one environment break each other. The second requirement
         # of each brings the headers below <mma.h>.

@@ -20,6 +20,7 @@ import re
 from datetime import datetime
 from functools import lru_cache
 from itertools import groupby, islice
+from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
@@ -65,7 +66,7 @@ def segments(messages, template, tokenizer, add_generation_prompt=False, **varia
     if template not in TEMPLATES:
         if "{{" in template or "{%" in template:
             return jinja_segments(messages, template, tokenizer, add_generation_prompt, variables)
-        raise ValueError(f"no template {template!r}: there are {', '.join(TEMPLATES)}, and the sources of Jinja templates")
+        raise ValueError(f"no template {template!r}: {', '.join(TEMPLATES)}, or the source of a Jinja template")
     if variables:
         raise ValueError(f"template {template!r} has no variables, and got {', '.join(variables)}")
     for n, message in enumerate(messages):
@@ -77,8 +78,10 @@ def segments(messages, template, tokenizer, add_generation_prompt=False, **varia
     pieces = list(TEMPLATES[template](turns, tokenizer, add_generation_prompt))
     for piece in pieces:
         if piece.control and piece.text not in tokenizer.special_tokens:
-            name = "an eos token" if piece.text is None else f"the control token {piece.text!r}"
-            raise ValueError(f"template {template!r} needs {name}, which this tokenizer does not have")
+            name = piece.text or "eos"
+            raise ValueError(
+                f"template {template!r} needs the control token {name!r}, which this tokenizer does not have"
+            )
     return pieces
 
 
@@ -235,6 +238,7 @@ def question_answer_pairs(template, turns, prompt):
 def load_template(path):
     """The Jinja source that a checkpoint brings: `path` is a file, or a folder with chat_template.jinja or, as older
     ones have it, the key "chat_template" in tokenizer_config.json. ValueError: a folder with neither."""
+    path = Path(path)
     if not path.is_dir():
         return path.read_text(encoding="utf-8")
     if (path / "chat_template.jinja").exists():
@@ -252,30 +256,28 @@ def jinja_segments(messages, source, tokenizer, add_generation_prompt, variables
     """Segments of a conversation through a Jinja template, which text in the messages can not forge.
 
     In the string that a template returns, a control token that it wrote and the same characters from a message look the
-    same. So the template is run twice. The first run is the plain one, and says what the text is. In the second, the
+    same. So the template runs twice. The first run is the plain one, and says what the text is. In the second, the
     template's own string constants (and bos_token, eos_token, pad_token) have each control token's name replaced by one
-    character that occurs nowhere else, and {% generation %} writes two more such characters around its body; the
-    messages are left as they are, so that the template may trim, slice, compare, search and quote them as ever. What
-    comes out is cut at those characters. They can not come from a message; and when they are replaced back by the names
-    the text has to be that of the first run. It is not if the template edits its own control tokens, or looks for them
-    in a message and finds them: that is a ValueError.
+    character that occurs nowhere else, and {% generation %} writes two more such characters around its body. The
+    messages are left as they are, so the template may trim, slice, compare, search and quote them as ever. The result
+    is cut at those characters: they can not come from a message. And with the names put back it has to be the text of
+    the first run. It is not if the template edits its own control tokens, or finds one in a message that it searches:
+    then it can not be followed, and that is a ValueError.
 
-    Names left over in the marked text came from a message, or the template put them together ('<|' + role + '|>'):
-    `built_tokens` tells which.
+    A name that is still spelt out in the second run came from a message, or the template put it together from pieces
+    ('<|' + role + '|>'); `mark_assembled` tells which.
     """
-    data = [messages, variables]
-    text = "".join(strings_in(data))
-    names = list(tokenizer.special_tokens)
-    unused = (c for c in map(chr, range(0xF0000, 0x110000)) if c not in used)  # private use: no text has them by chance
-    used = set(text) | set(source)
+    names = tuple(tokenizer.special_tokens)
+    used = set(source).union(*strings_in([messages, variables]))
+    unused = (char for char in map(chr, range(0xF0000, 0x110000)) if char not in used)  # private use: they mean nothing
     start, end, blank, *marks = islice(unused, len(names) + 3)
     mark_of = dict(zip(names, marks, strict=True))
     name_of = dict(zip(marks, names, strict=True)) | {start: "", end: ""}
     now = datetime.now()
 
     def run(messages, variables, mark_of, start, end):
-        roles = {f"{r}_token": getattr(tokenizer, r) for r in ("bos", "eos", "pad")}
-        context = {r: mark_of.get(name, name) for r, name in roles.items() if name is not None}
+        roles = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "pad_token": tokenizer.pad}
+        context = {role: mark_of.get(name, name) for role, name in roles.items() if name is not None}
         context |= {"tools": None, "documents": None, "strftime_now": now.strftime} | variables
         try:
             template = compile_template(source, tuple(mark_of.items()), start, end)
@@ -290,35 +292,15 @@ def jinja_segments(messages, source, tokenizer, add_generation_prompt, variables
     any_mark = re.compile("[" + "".join(name_of) + "]")
     if any_mark.sub(lambda m: name_of[m[0]], marked) != plain:
         raise ValueError(
-            "the chat template edits its control tokens, or compares messages with them: which control token is its own "
-            "and which is a message's text can not be told"
+            "the chat template edits its control tokens, or looks for them in messages: which is its own, and which "
+            "is the text of a message, can not be told"
         )
-
-    if names and (leftover := names_pattern(tuple(names))).search(marked):
+    if names and names_pattern(names).search(marked):
         try:
             blanked = run(blank_out(messages, blank), blank_out(variables, blank), mark_of, start, end)
         except ValueError:
             blanked = ""
-        # Keys are not blanked, because the template looks things up by them; where there may be others than these,
-        # a character that is the same in both runs proves nothing.
-        known = all(set(m) <= {"role", "content"} for m in messages) and not any(
-            isinstance(v, dict | list | tuple) for v in variables.values()
-        )
-        aligned = known and len(blanked) == len(marked) and all(b in (blank, m) for b, m in zip(blanked, marked))
-
-        def mark_built(match):
-            """The mark of a name that no character of a message is part of, else the name."""
-            name = match[0]
-            if aligned:
-                return mark_of[name] if blanked[slice(*match.span())] == name else name
-            if name in blanked or name not in text:
-                raise ValueError(
-                    f"the chat template puts the control token {name!r} together from pieces, and what is its own and "
-                    "what is a message's text can not be told; write the token out in the template"
-                )
-            return name
-
-        marked = leftover.sub(mark_built, marked)
+        marked = mark_assembled(marked, blanked, blank, mark_of, messages, variables)
 
     pieces, depth = [], 0
     for piece in re.split(f"({any_mark.pattern})", marked):
@@ -326,6 +308,36 @@ def jinja_segments(messages, source, tokenizer, add_generation_prompt, variables
         if name := name_of.get(piece, piece):
             pieces.append(Segment(name, control=piece in name_of, trained=depth > 0))
     return pieces
+
+
+def mark_assembled(marked, blanked, blank, mark_of, messages, variables):
+    """`marked` with marks for control tokens, too, that the template put together from pieces.
+
+    `blanked` is the same run with `blank` for every character of the messages except white space and roles. If it is
+    as `marked` elsewhere, character by character, then the blanks are what came from the messages, and a name with none
+    of them is the template's. Otherwise the template treats messages by what is in them. Then a name is text, which is
+    the safe side, unless the template assembles it without any message, too: that is a ValueError.
+    """
+    # Keys are not blanked, because templates look values up by them. Where there may be other keys than these, being
+    # the same in both runs proves nothing.
+    nested = any(isinstance(value, dict | list | tuple) for value in variables.values())
+    aligned = not nested and all(set(message) <= {"role", "content"} for message in messages)
+    aligned = aligned and len(blanked) == len(marked)
+    aligned = aligned and all(b in (blank, m) for b, m in zip(blanked, marked, strict=True))
+    text = "\n".join(strings_in([messages, variables]))
+
+    def judge(match):
+        name = match[0]
+        if aligned:
+            return mark_of[name] if blanked[match.start() : match.end()] == name else name
+        if name in blanked or name not in text:
+            raise ValueError(
+                f"the chat template puts the control token {name!r} together from pieces, and whether it or a message "
+                "wrote it can not be told; write the token out in the template"
+            )
+        return name
+
+    return names_pattern(tuple(mark_of)).sub(judge, marked)
 
 
 def strings_in(data):
@@ -361,7 +373,7 @@ def names_pattern(names):
 class GenerationTag(Extension):
     """{% generation %} ... {% endgeneration %}: what is trained, with the environment's two marks around it."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = frozenset({"generation"})
 
     def parse(self, parser):
         line = next(parser.stream).lineno
@@ -388,10 +400,8 @@ def compile_template(source, marks, start, end):
     environment.generation_marks = start, end
     environment.globals["raise_exception"] = raise_exception
     # Jinja's own tojson escapes for HTML.
-    environment.filters["tojson"] = (
-        lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+    environment.filters["tojson"] = lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: (
+        json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     )
     tree = environment.parse(source)
     if marks:

@@ -17,10 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+import minillm.kernels  # before NumPy: it says how long idle BLAS threads may spin
+
+# isort: split
 import numba
 import numpy as np
 
-import minillm.kernels
 from minillm.kernels.kernel import KERNELS
 
 VERSIONS = ["reference", "numba", "cuda", "numba_cuda"]

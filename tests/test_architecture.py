@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # so are all the files of kernels/ that are ops. Rows stand in reading order: a module imports only what stands above.
 OP = "kernels.<op>"
 ENGINE = ["kernels.device", "autograd", "functional"]
-LIBRARY = [*ENGINE, "model", "scaling", "hub", "losses", "generate", "data"]
+LIBRARY = [*ENGINE, "tokenizer", "chat", "model", "scaling", "hub", "losses", "generate", "data"]
 ARROWS = {
     "kernels": [],
     "kernels.device": [],
@@ -22,6 +22,8 @@ ARROWS = {
     "autograd": ["kernels.device"],
     "functional": ["kernels.device", OP, "autograd"],
     "op_examples": [],
+    "tokenizer": [],
+    "chat": ["tokenizer"],
     "model": ENGINE,
     "scaling": ["model"],
     "hub": ["kernels.device", "model"],

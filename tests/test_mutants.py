@@ -1,5 +1,6 @@
 """scripts/mutants.py: the table fits the sources, and a fault that the tests miss is said to have survived."""
 
+import asyncio
 import importlib.util
 import re
 from pathlib import Path
@@ -67,6 +68,11 @@ def test_what_no_test_notices_has_survived(project, capsys):
     assert re.search(r"/2 SURVIVED .* engine.py  half: a third\n", out)
     assert re.search(r"engine.py +1 of 2 killed\n", out)
     assert (project / "engine.py").read_text().count("2") == 2, "the checkout itself was mutated"
+
+
+def test_a_hang_is_ended(project):
+    (project / "test_engine.py").write_text("def test_hang():\n    while True:\n        pass\n")
+    assert asyncio.run(script.run_tests(project, ["test_engine.py"], 0.5)).word == "timeout"
 
 
 def test_tests_that_fail_anyway_prove_nothing(project):

@@ -124,7 +124,15 @@ def test_the_import_is_light(tmp_path):
     assert {"numba", "cupy", "matplotlib"}.isdisjoint(python(code, tmp_path, [ROOT]))
 
 
-@pytest.mark.parametrize("given, seen", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
-def test_the_import_lets_idle_threads_sleep(tmp_path, given, seen):
-    code = "import json, os, minillm; print(json.dumps(os.environ['OMP_WAIT_POLICY']))"
+@pytest.mark.parametrize(
+    "name, given, seen",
+    [
+        ("OMP_WAIT_POLICY", {}, "passive"),
+        ("OMP_WAIT_POLICY", {"OMP_WAIT_POLICY": "active"}, "active"),
+        ("OPENBLAS_THREAD_TIMEOUT", {}, "4"),
+        ("OPENBLAS_THREAD_TIMEOUT", {"OPENBLAS_THREAD_TIMEOUT": "20"}, "20"),
+    ],
+)
+def test_the_import_lets_idle_threads_sleep(tmp_path, name, given, seen):
+    code = f"import json, os, minillm; print(json.dumps(os.environ['{name}']))"
     assert python(code, tmp_path, [ROOT], **given) == seen
