@@ -313,9 +313,9 @@ def jinja_segments(messages, source, tokenizer, add_generation_prompt, variables
 def mark_assembled(marked, blanked, blank, mark_of, messages, variables):
     """`marked` with marks for control tokens, too, that the template put together from pieces.
 
-    `blanked` is the same run with `blank` for every character of the messages except white space and roles. If it is
-    as `marked` elsewhere, character by character, then the blanks are what came from the messages, and a name with none
-    of them is the template's. Otherwise the template treats messages by what is in them. Then a name is text, which is
+    `blanked` is the same run with `blank` for the characters of the messages, roles excepted (`blank_out`). If it is as
+    `marked` elsewhere, character by character, then the blanks are what came from the messages, and a name with none of
+    them is the template's. Otherwise the template treats messages by what is in them. Then a name is text, which is
     the safe side, unless the template assembles it without any message, too: that is a ValueError.
     """
     # Keys are not blanked, because templates look values up by them. Where there may be other keys than these, being
@@ -354,9 +354,9 @@ def strings_in(data):
 
 
 def blank_out(data, blank):
-    """`data` with every character of its strings replaced by `blank`, except white space, keys and roles."""
+    """`data` with `blank` for every character of its strings, except keys, roles, and what trim and tojson look at."""
     if isinstance(data, str):
-        return re.sub(r"\S", blank, data)
+        return re.sub(r'[^\s"\\\x00-\x1f]', blank, data)
     if isinstance(data, dict):
         return {key: value if key == "role" else blank_out(value, blank) for key, value in data.items()}
     if isinstance(data, list | tuple):

@@ -196,8 +196,8 @@ class Model:
     @property
     def head(self):
         """The head's weight: (V, D) for logits (the embedding where it is tied), (1, D) for a scalar."""
-        name = self.head_name
-        return self.used[name] if name in self.used else self.used[self.embedding_name]
+        (name,) = _head_shapes(self.config) or (self.embedding_name,)
+        return self.used[name]
 
     # -------------------------------------------------------------- forward
 
@@ -245,6 +245,13 @@ class Model:
         return Cache(self.config, rows, capacity, self.flat)
 
 
+def _head_shapes(config):
+    """{name: shape} of the head's own weight; a tied head has none."""
+    if config.head == "scalar":
+        return {"score.weight": (1, config.hidden_size)}
+    return {} if config.tie_word_embeddings else {"lm_head.weight": (config.vocab_size, config.hidden_size)}
+
+
 def _call(f, *inputs):
     return f(*inputs)
 
@@ -277,10 +284,6 @@ class Llama(Model):
         table = F.rope_table(length, c.head_dim, theta=c.rope_theta, scaling=c.rope_scaling, dtype=dtype)
         self.cos, self.sin = table
 
-    @property
-    def head_name(self):
-        return "lm_head.weight" if self.config.head == "lm" else "score.weight"
-
     @staticmethod
     def shapes(config):
         """{name: shape} of every parameter, in the order of flat memory: what is fused stands side by side."""
@@ -299,12 +302,7 @@ class Llama(Model):
             shapes |= {layer + "post_attention_layernorm.weight": (d,)}
             shapes |= {f"{layer}mlp.{n}_proj.weight": (c.intermediate_size, d) for n in ("gate", "up")}
             shapes |= {layer + "mlp.down_proj.weight": (d, c.intermediate_size)}
-        shapes |= {"model.norm.weight": (d,)}
-        if c.head == "scalar":
-            shapes |= {"score.weight": (1, d)}
-        elif not c.tie_word_embeddings:
-            shapes |= {"lm_head.weight": (c.vocab_size, d)}
-        return shapes
+        return shapes | {"model.norm.weight": (d,)} | _head_shapes(c)
 
     def _fused(self, used):
         """q|k|v and gate|up as one Tensor each, in place of their parts."""
@@ -368,10 +366,6 @@ class GPT2(Model):
             raise ValueError(f"GPT2 takes a Config of architecture 'gpt2', not {config.architecture!r}")
         super().__init__(config, seed, dtype)
 
-    @property
-    def head_name(self):
-        return "lm_head.weight" if self.config.head == "lm" else "score.weight"
-
     @staticmethod
     def shapes(config):
         """{name: shape} of every parameter, in the order of flat memory."""
@@ -386,12 +380,7 @@ class GPT2(Model):
                 shapes |= {f"{h}{norm}.weight": (d,), f"{h}{norm}.bias": (d,)}
                 shapes |= {f"{h}{part}.weight": (d, width), f"{h}{part}.bias": (width,)}
                 shapes |= {f"{h}{back}.weight": (wide, d), f"{h}{back}.bias": (d,)}
-        shapes |= {"transformer.ln_f.weight": (d,), "transformer.ln_f.bias": (d,)}
-        if c.head == "scalar":
-            shapes |= {"score.weight": (1, d)}
-        elif not c.tie_word_embeddings:
-            shapes |= {"lm_head.weight": (c.vocab_size, d)}
-        return shapes
+        return shapes | {"transformer.ln_f.weight": (d,), "transformer.ln_f.bias": (d,)} | _head_shapes(c)
 
     def _fused(self, used):
         return used

@@ -253,9 +253,7 @@ class Decoder:
 
     def flush(self):
         """What an unfinished character leaves: U+FFFD, or nothing where there is none. Ready for a new text."""
-        text = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return text
+        return self._utf8.decode(b"", final=True)
 
 
 def bare_backend(vocabulary, merges):

@@ -105,7 +105,7 @@ def main():
         template = options.template
         if template not in chat.TEMPLATES:
             if not Path(template).exists():
-                parser.error(f"no template {template!r}: {', '.join(chat.TEMPLATES)}, a Jinja file or a folder with one")
+                parser.error(f"no template {template!r}: {', '.join(chat.TEMPLATES)}, or a Jinja file")
             template = chat.load_template(template)
         path = options.tokenizer
         tokenizer = Tokenizer.load(path) if path else Tokenizer.train([], SMALLEST_VOCABULARY)

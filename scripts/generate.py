@@ -1,0 +1,95 @@
+"""
+Let a model continue a text.
+
+    python scripts/generate.py FOLDER "Once upon a time"
+
+FOLDER holds config.json, *.safetensors and tokenizer.json (Hugging Face's layout). One text is printed as it comes;
+with --samples N there are N, computed as one batch.
+"""
+
+import argparse
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+
+from minillm.generate import generate
+from minillm.hub import load_pretrained
+from minillm.tokenizer import Tokenizer
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description="Let a model continue a text.")
+    parser.add_argument("model", metavar="FOLDER", help="a model folder: config.json, *.safetensors, tokenizer.json")
+    parser.add_argument("prompt", nargs="?", default="", help="the text to continue (nothing)")
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="(200)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest (0.8)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="only the likeliest that add up to P")
+    parser.add_argument("--min-p", type=float, metavar="P", help="only tokens at least P times as likely as the first")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less (1)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end where TEXT occurs; repeatable")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="how many continuations (1)")
+    parser.add_argument("--seed", type=int, default=0, help="(0)")
+    options = parser.parse_args(arguments)
+    if options.samples < 1:
+        parser.error(f"--samples must be at least 1, and is {options.samples}")
+    return options
+
+
+def run(options):
+    model, tokenizer = load_pretrained(options.model), Tokenizer.load(options.model)
+    prompt = tokenizer.encode(options.prompt).tolist()
+    if tokenizer.bos_id is not None:
+        prompt = [tokenizer.bos_id, *prompt]
+    streamed = [tokenizer.decoder(skip_special=True)]
+    for token in prompt if options.samples == 1 else ():
+        print(streamed[0].push(token), end="", flush=True)
+
+    def show(row, token):
+        if options.samples == 1:
+            print(streamed[0].push(token), end="", flush=True)
+
+    begin = time.perf_counter()
+    texts = generate(
+        model,
+        [prompt] * options.samples,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        stop_tokens=[] if tokenizer.eos_id is None else [tokenizer.eos_id],
+        stop_strings=options.stop,
+        tokenizer=tokenizer,
+        seed=options.seed,
+        cut_prompts=True,
+        on_token=show,
+    )
+    seconds = time.perf_counter() - begin
+    if options.samples == 1:
+        print(streamed[0].flush())
+    for i, text in enumerate(texts if options.samples > 1 else ()):
+        print(f"--- {i + 1}\n{tokenizer.decode([*text.prompt, *text.ids], skip_special=True)}")
+    count = sum(len(text.ids) for text in texts)
+    ends = ", ".join(sorted({text.finish for text in texts}))
+    print(f"[{count} tokens, {count / seconds:.0f} tokens/s; ended by {ends}]", file=sys.stderr)
+
+
+def main():
+    options = parse(None)
+    warnings.showwarning = lambda message, *_: print(f"generate.py: {message}", file=sys.stderr)
+    try:
+        run(options)
+    except (OSError, ValueError) as error:
+        sys.exit(f"generate.py: {error}")
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
