@@ -29,7 +29,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .tokenizer import require_unicode
+from minillm.tokenizer import require_unicode
 
 ROLES = ("system", "user", "assistant", "tool")
 

@@ -54,7 +54,7 @@ def require_unicode(text):
 
 
 class Tokenizer:
-    """A byte-level BPE vocabulary with its control tokens.
+    """A byte-level BPE vocabulary with its control tokens; or SentencePiece's BPE, which falls back on bytes (Llama 2).
 
     Made by `train`, `load` or `from_gpt2`; pickles, and never changes.
 
@@ -89,15 +89,21 @@ class Tokenizer:
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self.bos_id, self.eos_id, self.pad_id = (None if n is None else vocabulary[n] for n in (bos, eos, pad))
 
-        alphabet = byte_alphabet()
-        if missing := [b for b, char in enumerate(alphabet) if char not in vocabulary and b not in UNUSED_BYTES]:
+        falls_back = json.loads(backend.to_str())["model"].get("byte_fallback", False)
+        alphabet = [f"<0x{b:02X}>" for b in range(256)] if falls_back else byte_alphabet()
+        if missing := [b for b, name in enumerate(alphabet) if name not in vocabulary and b not in UNUSED_BYTES]:
             raise ValueError(f"not a byte-level vocabulary: it has no token for {len(missing)} of the bytes of UTF-8")
-        byte = {char: b for b, char in enumerate(alphabet)}
+        byte = {name: b for b, name in enumerate(alphabet)}
         self._bytes = {}
         for name, i in vocabulary.items():
-            spelt = i not in added and all(char in byte for char in name)
-            self._bytes[i] = bytes(byte[char] for char in name) if spelt else name.encode()
+            if falls_back:  # SentencePiece: characters, a mark for the blank, and bytes where no character will do
+                self._bytes[i] = bytes([byte[name]]) if name in byte else name.replace("\u2581", " ").encode()
+            else:
+                spelt = i not in added and all(char in byte for char in name)
+                self._bytes[i] = bytes(byte[char] for char in name) if spelt else name.encode()
         self._control_ids = frozenset(self.special_tokens.values())
+        # SentencePiece puts a blank before every text, which decoding takes away again
+        self._adds_blank = b"".join(map(self.token_bytes, self.encode("A"))) == b" A"
 
         for text in PROBES:
             if (back := self.decode(self.encode(text))) != text:
@@ -230,8 +236,8 @@ class Tokenizer:
 
         Bytes that are no UTF-8 (a sequence may be cut inside a character) become U+FFFD. ValueError: no such id.
         """
-        skipped = self._control_ids if skip_special else ()
-        return b"".join(self.token_bytes(i) for i in ids if i not in skipped).decode("utf-8", "replace")
+        decoder = self.decoder(skip_special)
+        return "".join(map(decoder.push, ids)) + decoder.flush()
 
     def decoder(self, skip_special=False):
         """A `Decoder`, to print tokens as they are made: what its calls return adds up to `decode` of all the ids."""
@@ -245,14 +251,18 @@ class Decoder:
         self._tokenizer = tokenizer
         self._skipped = tokenizer._control_ids if skip_special else ()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._adds_blank = tokenizer._adds_blank
 
     def push(self, token_id):
         """The text that this token completes, which may be empty. ValueError: no such id."""
         spelt = self._tokenizer.token_bytes(token_id)
+        if self._adds_blank and token_id not in self._tokenizer._control_ids:
+            spelt, self._adds_blank = spelt.removeprefix(b" "), False
         return "" if token_id in self._skipped else self._utf8.decode(spelt)
 
     def flush(self):
         """What an unfinished character leaves: U+FFFD, or nothing where there is none. Ready for a new text."""
+        self._adds_blank = self._tokenizer._adds_blank
         return self._utf8.decode(b"", final=True)
 
 

@@ -44,13 +44,14 @@ def run(options):
     prompt = tokenizer.encode(options.prompt).tolist()
     if tokenizer.bos_id is not None:
         prompt = [tokenizer.bos_id, *prompt]
-    streamed = [tokenizer.decoder(skip_special=True)]
-    for token in prompt if options.samples == 1 else ():
-        print(streamed[0].push(token), end="", flush=True)
+    stream, untold = tokenizer.decoder(skip_special=True), list(prompt)
 
     def show(row, token):
+        """Print a token, and before the first of them the prompt."""
         if options.samples == 1:
-            print(streamed[0].push(token), end="", flush=True)
+            untold.append(token)
+            print("".join(map(stream.push, untold)), end="", flush=True)
+            untold.clear()
 
     begin = time.perf_counter()
     texts = generate(
@@ -71,7 +72,7 @@ def run(options):
     )
     seconds = time.perf_counter() - begin
     if options.samples == 1:
-        print(streamed[0].flush())
+        print(stream.flush())
     for i, text in enumerate(texts if options.samples > 1 else ()):
         print(f"--- {i + 1}\n{tokenizer.decode([*text.prompt, *text.ids], skip_special=True)}")
     count = sum(len(text.ids) for text in texts)

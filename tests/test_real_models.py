@@ -16,6 +16,7 @@ from minillm import functional as F
 from minillm.generate import generate
 from minillm.hub import load_pretrained, save_pretrained
 from minillm.model import GPT2, Config
+from minillm.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared"
 MODELS, FIXTURES = SHARED / "data" / "models", SHARED / "fixtures" / "hf"
@@ -94,6 +95,24 @@ def test_stories260k_tells_its_published_story_byte_for_byte(stories):
     published = (MODELS / "stories260K" / "expected_greedy_200.txt").read_bytes()
     assert tokenizer.decode(out.ids.tolist()).encode() == published
     assert len(published) == 464
+
+
+def test_stories260k_through_our_tokenizer(stories, tmp_path):
+    """A SentencePiece vocabulary with bytes to fall back on, as Llama 2's and Mistral's are."""
+    _, backend, reference = stories
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    tokenizer = Tokenizer.load(tmp_path)
+    published = (MODELS / "stories260K" / "expected_greedy_200.txt").read_bytes()
+    assert tokenizer.decode(reference["greedy_from_bos_ids"], skip_special=True).encode() == published
+    stream, told = tokenizer.decoder(skip_special=True), []
+    for token in reference["greedy_from_bos_ids"]:
+        told.append(stream.push(token))
+    assert ("".join(told) + stream.flush()).encode() == published
+    for text in ("Once upon a time", " two  blanks ", "caf\u00e9 \U0001f642\n", "<s></s><0x0A>", ""):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not set(ids.tolist()) & set(tokenizer.special_tokens.values())
 
 
 def test_stories260k_logits_and_likelihoods(stories):
