@@ -32,6 +32,7 @@ def parse(arguments):
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less (1)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end where TEXT occurs; repeatable")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="how many continuations (1)")
+    parser.add_argument("--no-cache", action="store_true", help="compute every token from all before it, to compare")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     options = parser.parse_args(arguments)
     if options.samples < 1:
@@ -67,6 +68,7 @@ def run(options):
         stop_strings=options.stop,
         tokenizer=tokenizer,
         seed=options.seed,
+        cache=not options.no_cache,
         cut_prompts=True,
         on_token=show,
     )
