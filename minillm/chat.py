@@ -29,7 +29,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minillm.tokenizer import require_unicode
+from minillm.tokenizer import SMALLEST_VOCABULARY, Tokenizer, require_unicode
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -42,12 +42,13 @@ class Segment(NamedTuple):
     trained: bool = False
 
 
-def render(messages, template, tokenizer, add_generation_prompt=False, **variables):
+def render(messages, template, tokenizer=None, add_generation_prompt=False, **variables):
     """The token ids of a conversation, and which of them are trained.
 
     messages               [{"role": ..., "content": ...}, ...]: roles system (only first), user, assistant, tool
     template               "chatml", "llama2", "llama3", "alpaca", or the source of a Jinja template (`load_template`)
-    tokenizer              a minillm.tokenizer.Tokenizer that has the template's control tokens
+    tokenizer              a minillm.tokenizer.Tokenizer that has the template's control tokens; None: one token per
+                           byte, and the control tokens of the templates above
     add_generation_prompt  end with what stands before an answer, for the model to go on from there
     variables              for a Jinja template (tools=[...], enable_thinking=False, ...)
 
@@ -57,7 +58,14 @@ def render(messages, template, tokenizer, add_generation_prompt=False, **variabl
 
     ValueError: messages that are malformed (names index and field) or that the template has no place for.
     """
+    tokenizer = tokenizer or bytes_tokenizer()
     return encode_segments(segments(messages, template, tokenizer, add_generation_prompt, **variables), tokenizer)
+
+
+@lru_cache
+def bytes_tokenizer():
+    """The tokenizer without any merges: one token per byte."""
+    return Tokenizer.train([], SMALLEST_VOCABULARY)
 
 
 def segments(messages, template, tokenizer, add_generation_prompt=False, **variables):

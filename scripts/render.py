@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
 from minillm import chat
-from minillm.tokenizer import SMALLEST_VOCABULARY, Tokenizer
+from minillm.tokenizer import Tokenizer
 
 # Neighbours get different shades, so that the borders between tokens show: (first, second) of not trained and trained.
 SHADES = {False: ("\x1b[0m", "\x1b[100m"), True: ("\x1b[30;42m", "\x1b[30;102m")}
@@ -108,7 +108,7 @@ def main():
                 parser.error(f"no template {template!r}: {', '.join(chat.TEMPLATES)}, or a Jinja file")
             template = chat.load_template(template)
         path = options.tokenizer
-        tokenizer = Tokenizer.load(path) if path else Tokenizer.train([], SMALLEST_VOCABULARY)
+        tokenizer = Tokenizer.load(path) if path else chat.bytes_tokenizer()
         text = sys.stdin.buffer.read() if options.file == "-" else Path(options.file).read_bytes()
         rows = conversations(text.decode("utf-8"), name)
         empty = True

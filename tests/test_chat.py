@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm.chat import TEMPLATES, load_template, render, segments, stop_ids
+from minillm.chat import TEMPLATES, bytes_tokenizer, load_template, render, segments, stop_ids
 from minillm.tokenizer import SMALLEST_VOCABULARY, SPECIAL_TOKENS, Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -418,6 +418,15 @@ def test_a_template_is_found_where_checkpoints_have_it(tmp_path):
     assert load_template(tmp_path) == "{{ 2 }}"
     (tmp_path / "chat_template.jinja").write_text("{{ 3 }}")
     assert load_template(tmp_path) == load_template(str(tmp_path / "chat_template.jinja")) == "{{ 3 }}"
+
+
+def test_without_a_tokenizer_every_byte_is_a_token():
+    ids, mask = render([{"role": "user", "content": "h\u00e9"}, {"role": "assistant", "content": "!"}], "chatml")
+    tokenizer = bytes_tokenizer()
+    text = "<s><|im_start|>user\nh\u00e9<|im_end|>\n<|im_start|>assistant\n!<|im_end|>\n"
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids[mask]) == "!<|im_end|>"
+    assert len(ids) == 5 + len("user\nh\u00e9\nassistant\n!\n".encode())
 
 
 # ------------------------------------------------------------------ scripts/render.py

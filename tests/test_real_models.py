@@ -5,7 +5,7 @@ They are data, not part of this repository; where the folder `shared` is not bes
 
 import base64
 import json
-import sys
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,13 @@ from minillm.hub import load_pretrained, save_pretrained
 from minillm.model import GPT2, Config
 from minillm.tokenizer import Tokenizer
 
-SHARED = Path(__file__).parents[2] / "shared"
+ROOT = Path(__file__).parents[1]
+converter = runpy.run_path(str(ROOT / "scripts" / "convert_llama2c.py"))
+read_model, read_tokenizer = converter["read_model"], converter["read_tokenizer"]
+SHARED = ROOT.parent / "shared"
 MODELS, FIXTURES = SHARED / "data" / "models", SHARED / "fixtures" / "hf"
 pytestmark = pytest.mark.skipif(not MODELS.exists(), reason="the published models are not beside this checkout")
 every_fixture = pytest.mark.parametrize("name", ["llama_gqa_tied", "llama_rope_scaling", "qwen2_bias", "gpt2"])
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from convert_llama2c import read_model, read_tokenizer  # noqa: E402
 
 # ------------------------------------------------------------------ Hugging Face checkpoints with float64 answers
 
