@@ -58,11 +58,13 @@ _flags = collections.deque()  # (name, ids, n, flag) of checks that run on a GPU
 
 
 def check_ids(name, ids, n):
-    """ValueError that names the first id outside [0, n).
+    """ValueError that names the first id outside [0, n); TypeError if they are no whole numbers.
 
     Ids on the host are checked at once. On a GPU the answer is a flag that is computed with the rest and read one step
     late, when something is read from there anyway (`to_host`, `synchronize`), so that nothing waits for it.
     """
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"{name}: ids must be whole numbers, and these are {ids.dtype}")
     if _on_host(ids):
         if ids.size and (ids.min() < 0 or ids.max() >= n):
             raise _outside(name, ids, n)

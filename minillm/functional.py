@@ -66,6 +66,12 @@ def linear(x, weight, bias=None):
 # ------------------------------------------------------------------ norms
 
 
+def _check_width(name, x, **vectors):
+    for which, vector in vectors.items():
+        if vector.shape != x.shape[-1:]:
+            raise ValueError(f"{name}: {which} {vector.shape} does not go with x {x.shape}")
+
+
 @op
 def rms_norm(x, weight, *, eps=1e-5):
     """y = weight x r, r = 1 / sqrt(mean_d x_d^2 + eps) per row: x (..., D), weight (D,) (Zhang, Sennrich 2019, eq. 4).
@@ -74,6 +80,7 @@ def rms_norm(x, weight, *, eps=1e-5):
     Keeps x, weight and one r per row.
     Example: rms_norm(randn(B, T, D), randn(D))
     """
+    _check_width("rms_norm", x, weight=weight)
     y, r = rms_norm_kernels.forward(x, weight, eps)
     return y, lambda g: rms_norm_kernels.backward(g, x, weight, r)
 
@@ -87,6 +94,7 @@ def layer_norm(x, weight, bias, *, eps=1e-5):
     Keeps x, weight and two numbers per row.
     Example: layer_norm(randn(B, T, 1 + D), randn(1 + D), randn(1 + D))
     """
+    _check_width("layer_norm", x, weight=weight, bias=bias)
     y, u, r = layer_norm_kernels.forward(x, weight, bias, eps)
     return y, lambda g: layer_norm_kernels.backward(g, x, weight, u, r)
 
@@ -267,13 +275,17 @@ def _checked_start(start, B, Tq, like):
 # ------------------------------------------------------------------ cross-entropy and log-probabilities
 
 
-def _checked_targets(name, targets, V, ignore_index, used=None):
-    """targets (N,) with -1 for what is ignored. Any other id outside [0, V) is an error that names it."""
+def _checked_targets(name, lead, targets, V, ignore_index, weights=None):
+    """targets (N,) with -1 for what is ignored, by its id or by a weight of 0. ValueError where the shape is not `lead`,
+    and for any other id outside [0, V), which it names."""
     xp = xp_of(targets)
+    for what, array in (("targets", targets), ("weights", weights)):
+        if array is not None and array.shape != lead:
+            raise ValueError(f"{name}: {what} {array.shape} must have one entry per token, and there are {lead}")
     ignored = targets == ignore_index
     check_ids(f"{name} targets", xp.where(ignored, 0, targets), V)
-    if used is not None:
-        ignored |= ~used.reshape(targets.shape)
+    if weights is not None:
+        ignored |= weights == 0
     return xp.where(ignored, -1, targets).reshape(-1)
 
 
@@ -310,8 +322,7 @@ def cross_entropy(logits, targets, *, weights=None, ignore_index=-100, label_smo
     """
     shape, V = logits.shape, logits.shape[-1]
     rows = logits.reshape(math.prod(shape[:-1]), V)
-    used = None if weights is None else weights != 0
-    flat = _checked_targets("cross_entropy", targets, V, ignore_index, used)
+    flat = _checked_targets("cross_entropy", shape[:-1], targets, V, ignore_index, weights)
     loss, m, log_total, a, c, d = _loss_rows(rows, flat, label_smoothing, z_loss)
     w = _mean_weights(flat, weights, loss.dtype)
 
@@ -334,7 +345,7 @@ def token_logprobs(logits, targets, *, temperature=1.0, entropy=False, ignore_in
     """
     shape, lead = logits.shape, targets.shape
     rows = logits.reshape(math.prod(shape[:-1]), shape[-1])
-    flat = _checked_targets("token_logprobs", targets, shape[-1], ignore_index)
+    flat = _checked_targets("token_logprobs", shape[:-1], targets, shape[-1], ignore_index)
     m, log_total, x_target, _, x_mean = cross_entropy_kernels.forward(rows, flat, 1 / temperature)
     H = log_total - x_mean
 
@@ -416,8 +427,7 @@ def linear_cross_entropy(
     Example: linear_cross_entropy(randn(B, T, D), randn(V, D), ids(V, B, T), weights=positive(B, T), rows_per_chunk=3)
     """
     xp, V = xp_of(hidden), weight.shape[0]
-    used = None if weights is None else weights != 0
-    flat_targets = _checked_targets("linear_cross_entropy", targets, V, ignore_index, used)
+    flat_targets = _checked_targets("linear_cross_entropy", hidden.shape[:-1], targets, V, ignore_index, weights)
     rows, h, t = _compressed(hidden, flat_targets)
     w = _mean_weights(flat_targets, weights, upcast(hidden[:0]).dtype)
     w = w if rows is None else w[rows]
@@ -454,7 +464,9 @@ def linear_token_logprobs(
     Example: linear_token_logprobs(randn(B, T, D), randn(V, D), ids(V, B, T), entropy=True, rows_per_chunk=3)
     """
     xp, V = xp_of(hidden), weight.shape[0]
-    rows, h, t = _compressed(hidden, _checked_targets("linear_token_logprobs", targets, V, ignore_index))
+    rows, h, t = _compressed(
+        hidden, _checked_targets("linear_token_logprobs", hidden.shape[:-1], targets, V, ignore_index)
+    )
     cast_weight = weight.astype(h.dtype, copy=False)
     chunks = _row_chunks(len(h), V, h.itemsize, rows_per_chunk)
     dtype = upcast(hidden[:0]).dtype

@@ -107,6 +107,24 @@ def test_norms_against_their_definition():
     assert np.allclose(F.layer_norm(x, w, b, eps=1e-2).data, standard * w + b, rtol=1e-13)
 
 
+def test_shapes_that_do_not_go_together_are_refused_before_a_kernel_reads_past_an_end():
+    x, logits, hidden = np.ones((2, 7)), np.ones((2, 3, 5)), np.ones((2, 3, 4))
+    calls = [
+        (lambda: F.rms_norm(x, np.ones(8)), r"rms_norm: weight \(8,\) does not go with x \(2, 7\)"),
+        (lambda: F.layer_norm(x, np.ones(7), np.ones(1)), r"layer_norm: bias \(1,\) does not go with x"),
+        (lambda: F.cross_entropy(logits, np.zeros((2, 4), int)), r"targets \(2, 4\) must have one entry per token"),
+        (lambda: F.token_logprobs(logits, np.zeros(6, int)), r"targets \(6,\) must have one entry per token"),
+        (lambda: F.linear_cross_entropy(hidden, np.ones((5, 4)), np.zeros((3, 2), int)), r"and there are \(2, 3\)"),
+        (lambda: F.linear_token_logprobs(hidden, np.ones((5, 4)), np.zeros(1, int)), "one entry per token"),
+        (lambda: F.cross_entropy(logits, np.zeros((2, 3), int), weights=np.ones(5)), r"weights \(5,\) must have one"),
+    ]
+    for call, message in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="ids must be whole numbers, and these are float64"):
+        F.embedding(np.ones((5, 3)), np.zeros((2, 3), int))  # the other way round
+
+
 def test_norms_of_a_row_of_zeros():
     x = Tensor(np.zeros((2, 8)), requires_grad=True)
     for y in (F.rms_norm(x, np.ones(8)), F.layer_norm(x, np.ones(8), np.ones(8))):
