@@ -276,8 +276,8 @@ def _checked_start(start, B, Tq, like):
 
 
 def _checked_targets(name, lead, targets, V, ignore_index, weights=None):
-    """targets (N,) with -1 for what is ignored, by its id or by a weight of 0. ValueError where the shape is not `lead`,
-    and for any other id outside [0, V), which it names."""
+    """targets (N,) with -1 for what is ignored, by its id or by a weight of 0. ValueError where the shape is not
+    `lead`, and for any other id outside [0, V), which it names."""
     xp = xp_of(targets)
     for what, array in (("targets", targets), ("weights", weights)):
         if array is not None and array.shape != lead:
@@ -464,9 +464,8 @@ def linear_token_logprobs(
     Example: linear_token_logprobs(randn(B, T, D), randn(V, D), ids(V, B, T), entropy=True, rows_per_chunk=3)
     """
     xp, V = xp_of(hidden), weight.shape[0]
-    rows, h, t = _compressed(
-        hidden, _checked_targets("linear_token_logprobs", hidden.shape[:-1], targets, V, ignore_index)
-    )
+    flat_targets = _checked_targets("linear_token_logprobs", hidden.shape[:-1], targets, V, ignore_index)
+    rows, h, t = _compressed(hidden, flat_targets)
     cast_weight = weight.astype(h.dtype, copy=False)
     chunks = _row_chunks(len(h), V, h.itemsize, rows_per_chunk)
     dtype = upcast(hidden[:0]).dtype
