@@ -217,7 +217,7 @@ def _backward(do, do_strides, q, q_strides, k, k_strides, v, v_strides, o, lse, 
                 m = -(-rows // ROWS) * ROWS
                 q_first = b * q_strides[0] + i0 * q_strides[1] + h * q_strides[2]
                 do_first = b * do_strides[0] + i0 * do_strides[1] + h * do_strides[2]
-                qs[rows:], dos[rows:], dq_sum[:] = 0, 0, 0
+                dq_sum[:] = 0
                 _copy_rows(qs, q, q_first, q_strides[1], rows, D, scale)
                 _copy_rows(dos, do, do_first, do_strides[1], rows, D, one)
                 for r in range(rows):

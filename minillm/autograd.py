@@ -644,7 +644,7 @@ def logsumexp(x, *, axis=-1, keepdims=False):
     """
     xp = xp_of(x)
     m = x.max(axis, keepdims=True)
-    m = xp.where(xp.isneginf(m), x.dtype.type(0), m)
+    m = xp.where(xp.isfinite(m), m, x.dtype.type(0))
     total = xp.exp(x - m).sum(axis, keepdims=True)
     log_total = xp.log(xp.where(total == 0, 1, total))
     y = xp.where(total == 0, -xp.inf, m + log_total).astype(x.dtype)

@@ -58,10 +58,11 @@ FAULTS = {
         ("(chosen / chosen.sum(axis, keepdims=True, dtype=g.dtype))", "chosen", "max: ties do not share the gradient"),
         ("_expand(g / n, shape,", "_expand(g, shape,", "mean: dx is not divided by n"),
         (
-            "m = xp.where(xp.isneginf(m), x.dtype.type(0), m)",
+            "m = xp.where(xp.isfinite(m), m, x.dtype.type(0))",
             "m = xp.zeros_like(m)",
             "logsumexp: x is not shifted by its maximum and e^x overflows",
         ),
+        ("else xp.zeros(shape, dtype)", "else xp.zeros(shape)", "autograd: an unused result's zeros are float64"),
         ("back = tuple(axes.index(i) for i in range(x.ndim))", "back = axes", "transpose: turned again, not back"),
         ("xp.add.at(dx, index, g)", "dx[index] += g", "getitem: an element picked twice gets one gradient"),
         ("xp.add.at(dx, tuple(at), g)", "dx[tuple(at)] += g", "gather: a place taken twice gets one gradient"),
@@ -117,6 +118,11 @@ FAULTS = {
             "token_logprobs: a sign in the entropy's gradient",
         ),
         ("self.dweight += dlogits.T", "self.dweight = dlogits.T", "linear_cross_entropy: dweight of one chunk"),
+        (
+            "upcast(weight[:0]).dtype) if needs",
+            "weight.dtype) if needs",
+            "linear_cross_entropy: dweight adds up in 16 bits",
+        ),
         (
             "(m, log_total, wc * a, 0 * wc, wc * c, wc * d)",
             "(m, log_total, wc * a, 0 * wc, c, wc * d)",
@@ -181,6 +187,11 @@ FAULTS = {
     ],
     "kernels/gelu.py": [
         ("6 * _ROOT * _CUBE", "2 * _ROOT * _CUBE", "gelu: the derivative of x^3 without its 3"),
+        (
+            "half * math.erfc(-x[i] * root_half) +",
+            "half * (one + math.erf(x[i] * root_half)) +",
+            "gelu: 1 + erf loses its digits",
+        ),
     ],
     "kernels/adamw.py": [
         ("lr / (1 - beta1**step)", "lr", "adamw: the first moment's bias is not corrected"),

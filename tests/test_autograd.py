@@ -147,6 +147,18 @@ def test_operators_mean_what_they_say():
         assert np.allclose(ours.data, theirs, rtol=1e-15)
 
 
+def test_an_op_gets_a_gradient_of_its_results_dtype():
+    seen = []
+
+    @op
+    def spy(x):
+        return (x * 1, x * 2), lambda *g: (seen.extend(one.dtype for one in g), g[0])[1:]
+
+    x = Tensor(np.ones(2, np.float32), requires_grad=True)
+    ag.cast(spy(x)[0], dtype="float64").sum().backward()
+    assert seen == [np.float32, np.float32]
+
+
 def test_mixed_dtypes_send_each_leaf_its_own():
     x, y = Tensor(np.ones(3, np.float32), requires_grad=True), Tensor(np.ones(3), requires_grad=True)
     (x * y).sum().backward()
@@ -170,6 +182,7 @@ def test_extreme_inputs():
     y.sum().backward()
     assert np.allclose(y.data, [1e4 + np.log(2), -np.inf])
     assert np.array_equal(t.grad, [[0.5, 0.5, 0], [0, 0, 0]])
+    assert ag.logsumexp(np.array([1.0, np.inf])).item() == np.inf
 
 
 def test_kinks_and_ties():

@@ -207,6 +207,18 @@ def test_no_gradient_is_made_under_no_grad_or_for_what_needs_none(monkeypatch):
     assert np.array_equal(value.data, frozen_head.data)
 
 
+def test_the_head_gradient_of_16_bits_adds_up_in_32():
+    N, D, V = 4096, 2, 3
+    hidden, targets = rng.uniform(0.1, 0.15, (N, D)).astype(np.float16), np.zeros(N, int)
+    grads = []
+    for dtype in (np.float16, np.float64):
+        weight = Tensor(np.zeros((V, D), dtype), requires_grad=True)
+        # one row a chunk: 4096 small terms, which a 16-bit sum stops noticing
+        F.linear_cross_entropy(hidden.astype(dtype), weight, targets, weights=np.ones(N), rows_per_chunk=1).backward()
+        grads.append(weight.grad)
+    assert np.allclose(grads[0], grads[1], rtol=2e-3)
+
+
 def test_shapes_of_batches_go_through():
     hidden, weight = rng.standard_normal((2, 3, 5)), rng.standard_normal((11, 5))
     targets = rng.integers(0, 11, (2, 3))

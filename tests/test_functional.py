@@ -157,6 +157,14 @@ def test_gelu_and_its_tanh_form():
         F.swiglu(x, x[1:])
 
 
+def test_the_slope_of_gelu_keeps_its_digits_where_it_is_small():
+    x = np.linspace(-8, 6, 101)
+    t = Tensor(x, requires_grad=True)
+    F.gelu(t).backward(np.ones_like(x))
+    exact = [math.erfc(-v / math.sqrt(2)) / 2 + v * math.exp(-v * v / 2) / math.sqrt(2 * math.pi) for v in x]
+    assert np.allclose(t.grad, exact, rtol=1e-12, atol=0)
+
+
 def test_softmax_of_extreme_rows():
     x = Tensor(np.array([[1e4, 1e4, -np.inf], [-np.inf, -np.inf, -np.inf], [0, 1e4, 0]]), requires_grad=True)
     y = F.softmax(x)
