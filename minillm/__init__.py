@@ -16,6 +16,10 @@ __version__ = "0.1.0"
 # once, at the first launch, so it has to be set before any.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# But a few microseconds of spinning bridge the gap to the next small loop, where waking a thread would take longer:
+# sampling from a model of 260,000 parameters ran at 166 tokens/s without and 378 with it, one row at a time.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 # And the other way round: OpenBLAS's threads spin for 2^26 cycles after each product, beside the loop that comes next:
 # 33 ms against 24 ms for a 1024 x 1024 product and an attention of 11 ms. OpenBLAS reads this when NumPy is imported,
 # so it has an effect only where minillm is imported first.

@@ -129,6 +129,7 @@ def test_the_import_is_light(tmp_path):
     [
         ("OMP_WAIT_POLICY", {}, "passive"),
         ("OMP_WAIT_POLICY", {"OMP_WAIT_POLICY": "active"}, "active"),
+        ("GOMP_SPINCOUNT", {}, "3000"),
         ("OPENBLAS_THREAD_TIMEOUT", {}, "4"),
         ("OPENBLAS_THREAD_TIMEOUT", {"OPENBLAS_THREAD_TIMEOUT": "20"}, "20"),
     ],
