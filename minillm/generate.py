@@ -160,12 +160,16 @@ def generate(
                     on_token(row.place, token)
                 if token in stop_tokens:
                     row.finish = "stop"
-                elif stop_strings and any(s in tokenizer.decode(row.ids) for s in stop_strings):
+                elif stop_strings and _contains(tokenizer.decode(row.ids), stop_strings):
                     row.finish = "stop_string"
                 elif len(row.ids) == max_new_tokens or len(row.prompt) + len(row.ids) == context:
                     row.finish = "length"
             batch.drop_finished()
     return [Generation(np.array(r.ids), np.array(r.logprobs), r.finish, r.prompt) for r in rows]
+
+
+def _contains(text, strings):
+    return any(s in text for s in strings)
 
 
 def _checked_prompt(i, prompt, vocab_size, context, cut):

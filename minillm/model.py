@@ -19,6 +19,7 @@ import numpy as np
 
 from minillm import functional as F
 from minillm.autograd import Tensor, add, checkpoint, split, transpose
+from minillm.kernels.device import empty
 
 # ------------------------------------------------------------------ config
 
@@ -108,7 +109,7 @@ class Cache:
 
     def __init__(self, config, rows, capacity, like):
         shape = (config.num_hidden_layers, rows, capacity, config.num_key_value_heads, config.head_dim)
-        self.keys, self.values = F.empty(like, shape), F.empty(like, shape)
+        self.keys, self.values = empty(like, shape), empty(like, shape)
         self.length, self.capacity = 0, capacity
 
     def extend(self, layer, k, v):
@@ -153,6 +154,8 @@ class Model:
             offset += math.prod(shape)
         self.parameters = {name: self._view(name) for name in shapes}
         self.used = self._fused(dict(self.parameters))
+        prefixes = [self.block_prefix.format(layer) for layer in range(self.config.num_hidden_layers)]
+        self._block_names = [[name for name in self.used if name.startswith(prefix)] for prefix in prefixes]
 
     def _view(self, first, shape=None):
         """The Tensor that starts where the parameter `first` does; with a shape, it spans its neighbours too."""
@@ -227,10 +230,11 @@ class Model:
         if window is not None:
             first = np.arange(before, before + x.shape[1], dtype=np.int32) - (window - 1)
             start = np.maximum(start, first)
-        names = self.block_names(layer)
+        names, prefix = self._block_names[layer], self.block_prefix.format(layer)
 
         def block(x, *weights):
-            return self._block(x, dict(zip(names, weights, strict=True)), layer, start, before, cache)
+            short = {name.removeprefix(prefix): weight for name, weight in zip(names, weights, strict=True)}
+            return self._block(x, short, layer, start, before, cache)
 
         weights = [self.used[name] for name in names]
         run = checkpoint if self.config.activation_checkpointing and cache is None else _call
@@ -259,6 +263,8 @@ def _call(f, *inputs):
 def _attend(q, k, v, layer, start, cache):
     """Attention over these tokens and, if there is a cache, the ones before."""
     if cache is not None:
+        if k.requires_grad:  # the cache holds arrays, so k and v would lose their gradient without a word
+            raise RuntimeError("a model with a cache has no gradient: run it inside no_grad()")
         k, v = cache.extend(layer, k.data, v.data)
     return F.attention(q, k, v, start=start)
 
@@ -271,6 +277,7 @@ class Llama(Model):
 
     residual_projections = ("o_proj.weight", "down_proj.weight")
     embedding_name = "model.embed_tokens.weight"
+    block_prefix = "model.layers.{}."
 
     def __init__(self, config, seed=0, dtype=np.float32):
         if config.architecture != "llama":
@@ -320,9 +327,6 @@ class Llama(Model):
                 used.pop(name, None)
         return used
 
-    def block_names(self, layer):
-        return [name for name in self.used if name.startswith(f"model.layers.{layer}.")]
-
     def _embed(self, tokens, start, before):
         if before + tokens.shape[1] > len(self.cos):
             self._grow_table(2 * (before + tokens.shape[1]))
@@ -331,9 +335,8 @@ class Llama(Model):
     def _final_norm(self, x):
         return F.rms_norm(x, self.used["model.norm.weight"], eps=self.config.norm_eps)
 
-    def _block(self, x, weights, layer, start, before, cache):
+    def _block(self, x, w, layer, start, before, cache):
         c, (B, T, _) = self.config, x.shape
-        w = {name.removeprefix(f"model.layers.{layer}."): weight for name, weight in weights.items()}
         queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
         h = F.rms_norm(x, w["input_layernorm.weight"], eps=c.norm_eps)
@@ -360,6 +363,7 @@ class GPT2(Model):
 
     residual_projections = ("c_proj.weight",)
     embedding_name = "transformer.wte.weight"
+    block_prefix = "transformer.h.{}."
 
     def __init__(self, config, seed=0, dtype=np.float32):
         if config.architecture != "gpt2":
@@ -385,9 +389,6 @@ class GPT2(Model):
     def _fused(self, used):
         return used
 
-    def block_names(self, layer):
-        return [name for name in self.used if name.startswith(f"transformer.h.{layer}.")]
-
     def _embed(self, tokens, start, before):
         """Learned positions count from each row's first token: padding on the left moves nobody's position."""
         positions = np.maximum(np.arange(before, before + tokens.shape[1]) - start, 0)
@@ -399,9 +400,8 @@ class GPT2(Model):
         weight, bias = self.used["transformer.ln_f.weight"], self.used["transformer.ln_f.bias"]
         return F.layer_norm(x, weight, bias, eps=self.config.norm_eps)
 
-    def _block(self, x, weights, layer, start, before, cache):
+    def _block(self, x, w, layer, start, before, cache):
         c, (B, T, D) = self.config, x.shape
-        w = {name.removeprefix(f"transformer.h.{layer}."): weight for name, weight in weights.items()}
 
         def norm(x, name):
             return F.layer_norm(x, w[f"{name}.weight"], w[f"{name}.bias"], eps=c.norm_eps)

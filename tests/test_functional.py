@@ -45,6 +45,14 @@ def test_a_bad_id_is_named(bad, shown):
             call()
 
 
+def test_arrays_stay_on_the_host_or_say_what_they_need():
+    x = np.ones(3)
+    assert device.to_device(x, "cpu") is x
+    assert device.to_host(x) is x
+    with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', not 'gpu'"):
+        device.to_device(x, "gpu")
+
+
 def test_on_a_device_a_bad_id_is_a_flag_read_later(monkeypatch):
     """No GPU here: arrays of a subclass play the ones that live there."""
 

@@ -258,6 +258,12 @@ def test_an_impossible_config_is_refused(change, message):
         Config(**{**TINY, **change})
 
 
+def test_a_cache_is_refused_where_it_would_drop_a_gradient():
+    model = build(VARIANTS["llama"])
+    with pytest.raises(RuntimeError, match="a model with a cache has no gradient"):
+        model(np.zeros((1, 2), np.int64), cache=model.new_cache(1, 4))
+
+
 def test_errors_name_what_is_wrong():
     model = Llama(Config(**TINY, max_position_embeddings=6))
     with pytest.raises(ValueError, match="7 tokens are more than the model's context of 6"):
