@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # so are all the files of kernels/ that are ops. Rows stand in reading order: a module imports only what stands above.
 OP = "kernels.<op>"
 ENGINE = ["kernels.device", "autograd", "functional"]
-LIBRARY = [*ENGINE, "tokenizer", "chat", "model", "scaling", "hub", "losses", "generate", "data"]
+LIBRARY = [*ENGINE, "extras", "optim", "tokenizer", "chat", "model", "scaling", "hub", "losses", "generate", "data"]
 ARROWS = {
     "kernels": [],
     "kernels.device": [],
@@ -21,14 +21,16 @@ ARROWS = {
     OP: ["kernels.device", "kernels.jit", "kernels.kernel"],
     "autograd": ["kernels.device"],
     "functional": ["kernels.device", OP, "autograd"],
+    "optim": ["kernels.device", OP],
     "op_examples": [],
+    "extras": [],
     "tokenizer": [],
     "chat": ["tokenizer"],
     "model": ENGINE,
     "scaling": ["model"],
     "hub": ["kernels.device", "model"],
     "losses": ENGINE,
-    "data": ["data"],
+    "data": [*ENGINE, "extras", "optim", "tokenizer", "data"],
     "generate": [*ENGINE, "model", "losses"],
     "trainers": [*LIBRARY, "trainers"],
     "scripts": [*LIBRARY, "op_examples", "trainers", "scripts", "kernels", "kernels.kernel", OP],

@@ -1,0 +1,153 @@
+"""
+The optimizer: AdamW over flat memory, the global gradient norm, learning rates as functions of the step.
+
+A model's parameters are views into one array and their gradients into another (minillm.model), so an update is a few
+passes over long runs of memory, whatever the number of parameters.
+"""
+
+import math
+from typing import NamedTuple
+
+from .kernels import adamw
+from .kernels.device import to_host, xp_of
+
+
+class Run(NamedTuple):
+    """Parameters that are neighbours in memory and share their weight decay: flat views of data and gradient (n,)."""
+
+    data: object
+    grad: object
+    decays: bool
+
+
+def is_matrix(name, parameter):
+    """Weight decay pulls matrices toward zero, and leaves norms, biases and a scalar head's few numbers alone."""
+    return parameter.ndim >= 2
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, alg. 2); equations in kernels/adamw.py.
+
+    parameters    {name: Tensor}; those with requires_grad=False are left alone. A gradient that is None becomes zeros.
+    decays        function(name, Tensor) -> whether weight_decay applies to it
+    steps         how many updates have been made
+    m, v          the moments, flat (n,) in the parameters' dtype, in the order of `parameters`
+    """
+
+    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, decays=is_matrix):
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        if not trained:
+            raise ValueError("there is no parameter to train: none of them requires a gradient")
+        for p in trained.values():
+            if p.grad is None:
+                p.grad = xp_of(p.data).zeros_like(p.data)
+        self.runs = _runs(trained, decays)
+        first = self.runs[0].data
+        size, xp = sum(run.data.size for run in self.runs), xp_of(first)
+        self.m, self.v, self.steps = xp.zeros(size, first.dtype), xp.zeros(size, first.dtype), 0
+
+    def step(self, lr=None, scale=1.0):
+        """One update. lr: this step's learning rate (the constructor's); scale: multiplies every gradient first."""
+        self.steps += 1
+        offset = 0
+        for data, grad, decays in self.runs:
+            part = slice(offset, offset + data.size)
+            offset += data.size
+            adamw.step_inplace(
+                data,
+                self.m[part],
+                self.v[part],
+                grad,
+                lr=self.lr if lr is None else lr,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                eps=self.eps,
+                weight_decay=self.weight_decay if decays else 0.0,
+                step=self.steps,
+                scale=scale,
+            )
+
+    def zero_grad(self):
+        """Set every gradient to zero, in place."""
+        for run in self.runs:
+            run.grad[...] = 0
+
+    def grad_norm(self):
+        """The L2 norm of all gradients together, as a float: that of one long vector."""
+        return global_norm(run.grad for run in self.runs)
+
+
+def _runs(parameters, decays):
+    """`parameters` as Runs: neighbours in memory with the same weight decay become one."""
+    spans = []  # [owner of the data, its first element, the one after the last, owner of the gradient, decays]
+    for name, p in parameters.items():
+        data, begin = _place(name, p.data)
+        grad, grad_begin = _place(name, p.grad)
+        if p.grad.shape != p.shape or p.grad.dtype != p.dtype:
+            raise ValueError(f"the gradient of {name} is not of its shape and dtype")
+        decay, last = bool(decays(name, p)), spans[-1] if spans else None
+        if last and last[0] is data and last[3] is grad and last[2] == begin == grad_begin and last[4] == decay:
+            last[2] += p.size
+        elif begin == grad_begin:
+            spans.append([data, begin, begin + p.size, grad, decay])
+        else:  # its own memory on one side only
+            spans.append([p.data.reshape(-1), 0, p.size, p.grad.reshape(-1), decay])
+    return [Run(data.reshape(-1)[a:b], grad.reshape(-1)[a:b], decay) for data, a, b, grad, decay in spans]
+
+
+def _place(name, array):
+    """(the array that owns this memory, the element of it where `array` begins)."""
+    owner = array if array.base is None else array.base
+    if not (array.flags.c_contiguous and owner.flags.c_contiguous and owner.dtype == array.dtype):
+        raise ValueError(f"the optimizer updates contiguous memory, and {name} is not")
+    return owner, (_address(array) - _address(owner)) // array.dtype.itemsize
+
+
+def _address(array):
+    return array.__array_interface__["data"][0] if hasattr(array, "__array_interface__") else array.data.ptr
+
+
+def global_norm(gradients):
+    """sqrt(sum of squares over all arrays), as a float. Rows of 512 are summed in the arrays' dtype, and the row sums
+    in float64: the same bits for any number of threads, which a BLAS dot product does not promise."""
+    total = 0.0
+    for g in gradients:
+        g = g.reshape(-1)
+        whole = g.size // 512 * 512
+        for rows in (g[:whole].reshape(-1, 512), g[whole:].reshape(1, -1)):
+            total += float(to_host(xp_of(g).einsum("ij,ij->i", rows, rows).sum(dtype="float64")))
+    return math.sqrt(total)
+
+
+def clip_scale(norm, max_norm):
+    """What to multiply gradients of this norm by so that they are no longer than max_norm, at most 1. 1 where max_norm
+    is None or the norm is not finite: such a step is for the caller to skip, no factor can save it."""
+    return max_norm / norm if max_norm is not None and max_norm < norm < math.inf else 1.0
+
+
+def clip_grad_norm(parameters, max_norm):
+    """Scale the gradients of {name: Tensor} in place so that their global norm is at most max_norm; the norm before."""
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    norm = global_norm(gradients)
+    scale = clip_scale(norm, max_norm)
+    if scale != 1:
+        for g in gradients:
+            g *= scale
+    return norm
+
+
+def cosine_schedule(step, steps, lr=1.0, warmup=0, floor=0.1):
+    """The learning rate of step 0 <= step < steps: a linear warm-up over `warmup` steps to lr, then half a cosine down
+    to floor * lr at the last step (Loshchilov and Hutter 2017, eq. 5, with one period)."""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+    return lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def linear_schedule(step, steps, lr=1.0, warmup=0, floor=0.0):
+    """As cosine_schedule, but down a straight line."""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return lr * (1 - (1 - floor) * min(1.0, (step - warmup) / max(1, steps - 1 - warmup)))

@@ -1,0 +1,132 @@
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minillm import functional as F
+from minillm.autograd import Tensor
+from minillm.model import Config, Llama
+from minillm.optim import AdamW, clip_grad_norm, clip_scale, cosine_schedule, global_norm, linear_schedule
+
+
+def tiny(**options):
+    sizes = dict(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    return Llama(Config(**sizes, max_position_embeddings=16, **options), dtype=np.float64)
+
+
+def test_a_model_is_a_few_runs_that_cover_its_memory_once():
+    model = tiny()
+    optimizer = AdamW(model.parameters)
+    assert sum(run.data.size for run in optimizer.runs) == model.flat.size
+    assert all(
+        np.shares_memory(r.data, model.flat) and np.shares_memory(r.grad, model.flat_grad) for r in optimizer.runs
+    )
+    assert len(optimizer.runs) < len(model.parameters)
+    decays = [run.decays for run in optimizer.runs]
+    assert all(a != b for a, b in pairwise(decays))  # neighbours that agree have been merged
+    undecayed = sum(run.data.size for run in optimizer.runs if not run.decays)
+    assert undecayed == sum(p.size for p in model.parameters.values() if p.ndim == 1)
+
+
+def test_merged_runs_equal_one_update_per_parameter():
+    one, other = tiny(), tiny()
+    rng = np.random.default_rng(0)
+    merged, separate = (
+        AdamW(one.parameters),
+        AdamW({n: Tensor(p.data.copy(), True) for n, p in other.parameters.items()}),
+    )
+    for step in range(5):
+        one.flat_grad[...] = rng.standard_normal(one.flat.size)
+        for run, (a, b) in zip(separate.runs, spans(one), strict=True):
+            run.grad[...] = one.flat_grad[a:b]
+        for optimizer in (merged, separate):
+            optimizer.step(lr=0.01 * (step + 1), scale=0.5)
+    assert np.array_equal(one.flat, np.concatenate([run.data for run in separate.runs]))
+    assert not np.array_equal(one.flat, other.flat)
+
+
+def spans(model):
+    ends = np.cumsum([p.size for p in model.parameters.values()])
+    return zip([0, *ends[:-1]], ends, strict=True)
+
+
+def test_the_update_is_the_papers():
+    p, g = np.array([[1.0, -2.0]]), np.array([[0.5, 0.25]])
+    x = Tensor(p.copy(), requires_grad=True)
+    optimizer = AdamW({"x": x}, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01)
+    x.grad[...] = g
+    optimizer.step()
+    # After one step the moments' corrections cancel: m_hat = g, v_hat = g^2.
+    assert np.allclose(x.data, p - 0.1 * 0.01 * p - 0.1 * g / (np.abs(g) + 1e-8), rtol=1e-12)
+
+
+def test_weight_decay_spares_vectors_and_a_rule_can_change_that():
+    w, b = Tensor(np.ones((2, 2)), True), Tensor(np.ones(2), True)
+    AdamW({"w": w, "b": b}, lr=0.1, weight_decay=0.5).step()
+    assert np.allclose(w.data, 0.95) and np.array_equal(b.data, np.ones(2))
+    AdamW({"w": w, "b": b}, lr=0.1, weight_decay=0.5, decays=lambda name, p: name == "b").step()
+    assert np.allclose(w.data, 0.95) and np.allclose(b.data, 0.95)
+
+
+def test_frozen_parameters_stay_and_nothing_to_train_is_an_error():
+    a, b = Tensor(np.ones((2, 2)), True), Tensor(np.ones((2, 2)))
+    optimizer = AdamW({"a": a, "b": b}, lr=0.1)
+    optimizer.step()
+    assert np.array_equal(b.data, np.ones((2, 2))) and not np.array_equal(a.data, b.data)
+    with pytest.raises(ValueError, match="no parameter to train"):
+        AdamW({"b": b})
+
+
+def test_a_strided_parameter_is_refused():
+    with pytest.raises(ValueError, match="contiguous memory, and w is not"):
+        AdamW({"w": Tensor(np.ones((4, 4))[:, ::2], True)})
+
+
+@given(st.lists(st.integers(0, 20000), min_size=1, max_size=4), st.integers(0, 9))
+def test_the_global_norm_is_that_of_one_vector(sizes, seed):
+    rng = np.random.default_rng(seed)
+    arrays = [rng.standard_normal(size) for size in sizes]
+    assert math.isclose(global_norm(arrays), np.linalg.norm(np.concatenate(arrays)), rel_tol=1e-12)
+
+
+def test_the_global_norm_of_a_long_float32_vector_keeps_its_digits():
+    g = np.full(3_000_001, 1e-3, np.float32)
+    assert math.isclose(global_norm([g]), 1e-3 * math.sqrt(g.size), rel_tol=1e-6)
+
+
+def test_clipping_leaves_short_gradients_and_shortens_long_ones():
+    w = Tensor(np.zeros((3, 4)), True)
+    w.grad = np.full((3, 4), 0.5)
+    assert math.isclose(clip_grad_norm({"w": w}, 10), math.sqrt(3)) and np.all(w.grad == 0.5)
+    assert math.isclose(clip_grad_norm({"w": w}, 1), math.sqrt(3)) and math.isclose(global_norm([w.grad]), 1)
+    w.grad[0, 0] = np.inf
+    rest = w.grad.copy()
+    assert clip_grad_norm({"w": w}, 1) == np.inf and np.array_equal(w.grad, rest)
+    assert clip_scale(5, None) == 1 and clip_scale(5, 2) == 0.4 and clip_scale(math.nan, 2) == 1
+
+
+@pytest.mark.parametrize("schedule, floor", [(cosine_schedule, 0.1), (linear_schedule, 0.0), (linear_schedule, 0.5)])
+def test_schedules_rise_then_fall_to_the_floor(schedule, floor):
+    rates = [schedule(step, 100, lr=2.0, warmup=10, floor=floor) for step in range(100)]
+    assert np.allclose(rates[:10], 0.2 * np.arange(1, 11)) and rates[10] == 2
+    assert all(a > b for a, b in pairwise(rates[10:]))
+    assert math.isclose(rates[-1], 2 * floor, abs_tol=1e-12)
+    assert schedule(100, 100, lr=2.0, floor=floor) == pytest.approx(2 * floor)  # and stays there
+    assert schedule(0, 1, lr=2.0) == 2
+
+
+def test_it_minimises():
+    rng = np.random.default_rng(1)
+    features, labels = rng.standard_normal((64, 8)), rng.integers(0, 3, 64)
+    w = Tensor(np.zeros((3, 8)), True)
+    optimizer, losses = AdamW({"w": w}, lr=0.1, weight_decay=0.0), []
+    for _ in range(50):
+        loss = F.cross_entropy(F.linear(Tensor(features), w), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(3)) and losses[-1] < losses[0] - 0.08
