@@ -8,7 +8,9 @@ root = Path(__file__).parent
 # not installed yet.
 version = re.search(r'^__version__ = "(.+)"$', (root / "minillm/__init__.py").read_text(encoding="utf-8"), re.M)[1]
 
-test = ["pytest>=8.2", "hypothesis>=6.100", "pytest-timeout>=2.3.1", "setuptools>=77"]
+data = ["pyarrow>=20", "zstandard>=0.23", "ftfy>=6.3", "py3langid>=0.4", "rensa>=0.5,<0.6"]
+plot = ["matplotlib>=3.9"]
+test = ["pytest>=8.2", "hypothesis>=6.100", "pytest-timeout>=2.3.1", "setuptools>=77", *data, *plot]
 
 setup(
     name="minillm-train",  # the name `minillm` belongs to another distribution; the import name is `minillm`
@@ -40,14 +42,16 @@ setup(
         "safetensors>=0.5",
         "tokenizers>=0.21,<0.24",
         "jinja2>=3.1",
+        "tqdm>=4.66",
+        "tyro>=1.0.17,<2",
     ],
     extras_require={
         # One of these two, by driver: two CuPy wheels in one environment break each other. The second requirement
         # of each brings the headers below <mma.h>.
         "cuda12": ["cupy-cuda12x[ctk]>=14.2,<15", "nvidia-cuda-nvcc-cu12"],
         "cuda13": ["cupy-cuda13x[ctk]>=14.2,<15", "cuda-toolkit[crt]==13.*"],
-        "data": ["pyarrow>=20", "zstandard>=0.23", "ftfy>=6.3", "py3langid>=0.4", "rensa>=0.5,<0.6"],
-        "plot": ["matplotlib>=3.9"],
+        "data": data,
+        "plot": plot,
         "log": ["tensorboardX>=2.6"],
         "test": test,
         "dev": [*test, "ruff==0.17.5"],  # pinned: another version formats and warns differently
