@@ -12,8 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from minillm.kernels.device import to_host
-from minillm.model import Config, build
+from .kernels.device import to_host
+from .model import Config, build
 
 LLAMA_LIKE = {
     "LlamaForCausalLM": {},
@@ -21,16 +21,25 @@ LLAMA_LIKE = {
     "Qwen2ForCausalLM": {"attention_bias": True},
     "Qwen3ForCausalLM": {"qk_norm": True},
 }
+CLASSIFIER = "ForSequenceClassification"  # how a scalar head is called there; one label makes it a reward model
 
 
 def config_of(values, where="config.json"):
     """The Config that a config.json's dict describes. ValueError names what is not supported."""
     name = (values.get("architectures") or [None])[0]
+    head = "lm"
+    if name is not None and name.endswith(CLASSIFIER):
+        name, head = name.removesuffix(CLASSIFIER), "scalar"
+        name += "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+        labels = values.get("num_labels", len(values.get("id2label", (0, 1))))  # two are the default
+        if labels != 1:
+            raise ValueError(f"{where}: a reward model has one label, and this has {labels}")
     if name == "GPT2LMHeadModel":
-        return _gpt2_config(values, where)
+        return _gpt2_config(values, where, head)
     if name not in LLAMA_LIKE:
         known = ", ".join([*LLAMA_LIKE, "GPT2LMHeadModel"])
-        raise ValueError(f"{where}: architecture {name!r} is not supported; there are {known}")
+        given = (values.get("architectures") or [None])[0]
+        raise ValueError(f"{where}: architecture {given!r} is not supported; there are {known} and *{CLASSIFIER}")
     if values.get("hidden_act", "silu") != "silu" or values.get("mlp_bias"):
         raise ValueError(f"{where}: only SwiGLU without biases (hidden_act 'silu', mlp_bias false) is supported")
     if values.get("attention_bias"):  # on q, k, v and o; Qwen2's, on q, k and v alone, has no key
@@ -59,15 +68,17 @@ def config_of(values, where="config.json"):
         sliding_window=window,
         window_layers=layers,
         initializer_range=values.get("initializer_range", 0.02),
+        head=head,
         **LLAMA_LIKE[name],
     )
 
 
-def _gpt2_config(values, where):
+def _gpt2_config(values, where, head):
     if values.get("activation_function", "gelu_new") != "gelu_new":
         raise ValueError(f"{where}: GPT-2's activation_function must be 'gelu_new'")
     return Config(
         architecture="gpt2",
+        head=head,
         vocab_size=values["vocab_size"],
         hidden_size=values["n_embd"],
         intermediate_size=values.get("n_inner"),
@@ -110,7 +121,10 @@ def load_pretrained(folder, dtype=np.float32):
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
     if config.architecture == "gpt2":  # files on the hub lack the prefix
-        arrays = {n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}": a for n, a in arrays.items()}
+        arrays = {
+            n if n.startswith(("transformer.", "lm_head.", "score.")) else f"transformer.{n}": a
+            for n, a in arrays.items()
+        }
     if config.tie_word_embeddings:
         arrays.pop("lm_head.weight", None)
     model = build(config, dtype=dtype)
@@ -135,8 +149,7 @@ def save_pretrained(model, folder):
 
 def config_values(config, dtype="float32"):
     """The config.json of a Config, with the RoPE keys in both spellings. ValueError if no architecture is like it."""
-    if config.head != "lm":
-        raise ValueError("only models with a head for logits can be written so far")
+    scalar = config.head == "scalar"
     shared = {
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_word_embeddings,
@@ -144,9 +157,11 @@ def config_values(config, dtype="float32"):
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+    if scalar:
+        shared |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     if config.architecture == "gpt2":
         return shared | {
-            "architectures": ["GPT2LMHeadModel"],
+            "architectures": ["GPT2" + (CLASSIFIER if scalar else "LMHeadModel")],
             "model_type": "gpt2",
             "activation_function": "gelu_new",
             "n_embd": config.hidden_size,
@@ -158,18 +173,18 @@ def config_values(config, dtype="float32"):
         }
     features = (config.attention_bias, config.qk_norm, config.sliding_window is not None)
     names = {
-        (False, False, False): ("LlamaForCausalLM", "llama"),
-        (False, False, True): ("MistralForCausalLM", "mistral"),
-        (True, False, False): ("Qwen2ForCausalLM", "qwen2"),
-        (False, True, False): ("Qwen3ForCausalLM", "qwen3"),
+        (False, False, False): "Llama",
+        (False, False, True): "Mistral",
+        (True, False, False): "Qwen2",
+        (False, True, False): "Qwen3",
     }
     if features not in names or config.window_layers is not None:
         raise ValueError("no known architecture has this mix of attention_bias, qk_norm and sliding_window")
-    architecture, model_type = names[features]
+    name = names[features]
     scaling = config.rope_scaling or {"rope_type": "default"}
     return shared | {
-        "architectures": [architecture],
-        "model_type": model_type,
+        "architectures": [name + (CLASSIFIER if scalar else "ForCausalLM")],
+        "model_type": name.lower(),
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
