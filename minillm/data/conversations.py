@@ -1,0 +1,247 @@
+"""
+Conversations, preferences and prompts: JSON lines of these shapes become examples of token ids and a loss mask.
+
+    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}, ...]}      instruction tuning
+    {"prompt": ..., "response": ...}                                                       the same, one turn
+    {"prompt": ..., "chosen": ..., "rejected": ...[, "margin": m][, "preference": p]}      preferences
+    {"prompt": ..., "ranked": [best, next, ...]}                                           the same, of several answers
+    {"messages": [... up to a user's turn]} or {"prompt": ...}                             prompts
+
+A prompt is a string (one user turn), messages, or a transcript "\\n\\nHuman: ...\\n\\nAssistant: ..."; a chosen or
+rejected answer is a string or messages whose last one counts. Other fields are left alone.
+
+Rows that can not be used (too long, nothing to train, chosen equal to rejected) are left out and counted in an
+`Examples`, never cut: an answer without its end teaches a model not to stop.
+"""
+
+import re
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from ..chat import check_messages, render
+from .readers import read_rows
+
+
+class Conversation(NamedTuple):
+    """Messages, and where they come from."""
+
+    where: str  # "file:line"
+    messages: list
+    row: dict  # all fields, as they stand in the file
+
+
+class Preference(NamedTuple):
+    """Two or more answers to one prompt, the best first."""
+
+    where: str
+    prompt: list  # messages, ending with a user's turn
+    answers: list  # of str
+    margin: float  # how much better the first is than the second
+    preference: float  # the probability that it is; 0.5 for a tie
+
+
+class Ranking(NamedTuple):
+    """A Preference as token ids."""
+
+    answers: list  # of (ids, mask), each with the prompt before it; only the answer is in the mask
+    margin: float = 0.0
+    preference: float = 1.0
+    reference: tuple | None = None  # log-probabilities of the answers under a reference model, for DPO
+
+
+class Examples(list):
+    """The examples that can be used. left_out counts the others by reason, and `first` names one row for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.left_out, self.first = Counter(), {}
+
+    def leave_out(self, where, reason):
+        self.left_out[reason] += 1
+        self.first.setdefault(reason, where)
+
+    def checked(self, what):
+        """self. ValueError where nothing is left of `what` (a file's name, say)."""
+        if not self:
+            reasons = self.summary() or "it is empty"
+            raise ValueError(f"{what}: no row can be used: {reasons}")
+        return self
+
+    def summary(self):
+        """What was left out, as one line; "" where nothing was."""
+        return ", ".join(f"{n:,} {reason} (first: {self.first[reason]})" for reason, n in self.left_out.most_common())
+
+
+# ------------------------------------------------------------------ rows
+
+
+def read_conversations(path, bad=None):
+    """Each Conversation of a file. A row that is none is a bad line, see readers.Bad."""
+    yield from _parsed(path, bad, lambda where, row: Conversation(where, _messages(row, answered=True), row))
+
+
+def read_prompts(path, bad=None):
+    """Each prompt of a file, as a Conversation that ends with a user's turn (a last answer is left out)."""
+    yield from _parsed(path, bad, lambda where, row: Conversation(where, _messages(row, answered=False), row))
+
+
+def read_preferences(path, bad=None):
+    """Each Preference of a file."""
+
+    def parse(where, row):
+        answers = row["ranked"] if "ranked" in row else [_answer(row, "chosen"), _answer(row, "rejected")]
+        if not isinstance(answers, list) or len(answers) < 2:
+            raise ValueError("ranked has to be a list of at least two answers, the best first")
+        answers = [_text(answer, f"ranked[{k}]") for k, answer in enumerate(answers)]
+        margin, preference = row.get("margin", 0.0), row.get("preference", 1.0)
+        for name, value in (("margin", margin), ("preference", preference)):
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"{name} has to be a number, and is {value!r:.40}")
+        if not 0 <= preference <= 1:
+            raise ValueError(f"preference is a probability, and is {preference}")
+        return Preference(where, _messages(row, answered=False), answers, float(margin), float(preference))
+
+    yield from _parsed(path, bad, parse)
+
+
+def prompts_of(preferences):
+    """The prompts of preferences, each once, as Conversations."""
+    found = {str(p.prompt): Conversation(p.where, p.prompt, {}) for p in reversed(preferences)}
+    return list(reversed(found.values()))
+
+
+def _parsed(path, bad, parse):
+    for where, row in read_rows(path, bad=bad):
+        try:
+            parsed = parse(where, row)
+        except ValueError as error:
+            if bad is None:
+                raise ValueError(f"{where}: {error}") from None
+            bad.add(where, error)
+        else:
+            yield parsed
+
+
+def _messages(row, answered):
+    """The messages of a row: with their last answer, or up to the user's last turn."""
+    messages = next((row[key] for key in ("messages", "prompt_messages", "prompt") if key in row), None)
+    if messages is None:
+        raise ValueError("neither messages nor a prompt")
+    if isinstance(messages, str):
+        messages = _transcript(messages)
+        if answered:
+            messages = [*messages, {"role": "assistant", "content": _answer(row, "response")}]
+    check_messages(messages)
+    return messages if answered else question_of(messages)
+
+
+def question_of(messages):
+    """The messages up to the user's last turn: without the answer to it. ValueError: there is no such turn."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    if not any(message["role"] == "user" for message in messages[:end]):
+        raise ValueError("a prompt needs a turn of the user, and there is none")
+    return messages[:end]
+
+
+def _answer(row, field):
+    """A response: a string, or the last of messages."""
+    if field not in row:
+        raise ValueError(f"{field} is missing")
+    return _text(row[field], field)
+
+
+def _text(answer, field):
+    if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
+        answer = answer[-1].get("content")
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError(f"{field} has to be a text, and is {answer!r:.40}")
+    return answer
+
+
+def _transcript(prompt):
+    """The messages that a prompt string spells. A string that does not begin like a transcript is one user's turn."""
+    if not re.match(r"\\s*Human:", prompt):
+        return [{"role": "user", "content": prompt}]
+    messages = []
+    for speaker, text in re.findall(r"(Human|Assistant):[ ]?(.*?)(?=\\n\\n(?:Human|Assistant):|\\Z)", prompt, re.S):
+        messages.append({"role": "user" if speaker == "Human" else "assistant", "content": text.strip()})
+    if messages[-1] == {"role": "assistant", "content": ""}:  # it ends where the answer has to begin
+        messages.pop()
+    return messages
+
+
+# ------------------------------------------------------------------ ids and masks
+
+
+def encode_conversations(conversations, template, tokenizer, length):
+    """Examples of (ids, mask) pairs of at most length + 1 tokens, for `pack`: what a model is tuned on."""
+    examples = Examples()
+    for conversation in conversations:
+        ids, mask = render(conversation.messages, template, tokenizer)
+        if len(ids) > length + 1:
+            examples.leave_out(conversation.where, f"longer than {length + 1} tokens")
+        elif not mask[1:].any():
+            examples.leave_out(conversation.where, "with no token to train")
+        else:
+            examples.append((ids, mask))
+    return examples
+
+
+def encode_answer(prompt, answer, template, tokenizer):
+    """(ids, mask) of a prompt's messages and one answer to them, up to the token that ends it; only this answer is
+    trained, not earlier ones. What a template writes behind that token is not there when an answer was sampled.
+
+    ValueError: the template writes the prompt differently when an answer follows.
+    """
+    before, _ = render(prompt, template, tokenizer, add_generation_prompt=True)
+    ids, mask = render([*prompt, {"role": "assistant", "content": answer}], template, tokenizer)
+    if not np.array_equal(ids[: len(before)], before):
+        raise ValueError(f"template {template!r:.40} writes a prompt differently when its answer follows")
+    mask[: len(before)] = False
+    trained = np.flatnonzero(mask)
+    end = trained[-1] + 1 if trained.size else len(ids)
+    return ids[:end], mask[:end]
+
+
+def encode_preferences(preferences, template, tokenizer, length):
+    """Examples of Ranking, every answer of at most length + 1 tokens with its prompt."""
+    examples = Examples()
+    for preference in preferences:
+        if len(set(preference.answers)) < len(preference.answers):
+            examples.leave_out(preference.where, "whose chosen and rejected answers are the same")
+            continue
+        answers = [encode_answer(preference.prompt, answer, template, tokenizer) for answer in preference.answers]
+        if max(len(ids) for ids, _ in answers) > length + 1:
+            examples.leave_out(preference.where, f"longer than {length + 1} tokens")
+        elif not all(mask.any() for _, mask in answers):
+            examples.leave_out(preference.where, "with no token to train")
+        else:
+            examples.append(Ranking(answers, preference.margin, preference.preference))
+    return examples
+
+
+def pairs(rankings):
+    """Every ranking of K answers as its K (K - 1) / 2 pairs, better answer first, in a list of Rankings."""
+    return [
+        r._replace(answers=[r.answers[i], r.answers[j]])
+        for r in rankings
+        for i in range(len(r.answers))
+        for j in range(i + 1, len(r.answers))
+    ]
+
+
+def encode_prompts(prompts, template, tokenizer, length):
+    """Examples of (ids, Conversation), the ids ending with what stands before the answer to the user's last turn; at
+    most `length` tokens."""
+    examples = Examples()
+    for prompt in prompts:
+        ids, _ = render(question_of(prompt.messages), template, tokenizer, add_generation_prompt=True)
+        if len(ids) > length:
+            examples.leave_out(prompt.where, f"longer than {length} tokens")
+        else:
+            examples.append((ids, prompt))
+    return examples
