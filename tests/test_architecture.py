@@ -30,7 +30,7 @@ ARROWS = {
     "scaling": ["model"],
     "hub": ["kernels.device", "model"],
     "losses": ENGINE,
-    "data": [*ENGINE, "extras", "optim", "tokenizer", "data"],
+    "data": [*ENGINE, "extras", "optim", "tokenizer", "chat", "data"],
     "generate": [*ENGINE, "model", "losses"],
     "trainers": [*LIBRARY, "trainers"],
     "scripts": [*LIBRARY, "op_examples", "trainers", "scripts", "kernels", "kernels.kernel", OP],

@@ -1,1 +1,1 @@
-"""From raw text to packed batches: readers, cleaning, filters, deduplication, token files, packing; and a small world."""
+"""From raw text to packed batches: readers, cleaning, filters, deduplication, token files, packing; a small world."""

@@ -187,7 +187,7 @@ def read_rows(path, *, bad=None, on_bytes=lambda count: None, max_line=MAX_LINE)
 
 
 def parse_row(line):
-    """The object that one line of JSON spells; ValueError with the reason, columns counted from the line's first sign."""
+    """The object that one line of JSON spells; ValueError with the reason, in columns of the line, where it is none."""
     try:
         row = json.loads(line, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
