@@ -1,0 +1,91 @@
+"""
+Best of n (rejection sampling): sample n answers to each prompt and keep the one the reward model likes best.
+
+The kept answers are conversations for scripts/sft.py, the baseline that PPO and DPO have to beat. Drawing the best of n
+moves the policy by at most log n - (n - 1) / n nats (Beirami et al. 2024: a bound, with equality only where no two
+answers score the same), so n plays the part of 1 / beta.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ..chat import stop_ids
+from ..data.conversations import encode_prompts, question_of, read_prompts
+from ..data.readers import Bad
+from ..generate import generate
+from .common import Settings, claim, load_tokenizer, load_with_head, read_files, template_of
+from .ppo import model_rewards
+
+
+@dataclass(kw_only=True)
+class BestOfNConfig(Settings):
+    """Best of n against a reward model. It samples and trains nothing: of the shared settings, only out, overwrite,
+    seed and batch_size (prompts at once) are used."""
+
+    model: Path
+    """the model folder to sample from: the SFT model"""
+    reward: Path
+    """the reward model's folder"""
+    prompts: tuple[Path, ...]
+    """prompts: JSON lines of {"messages": [...]} or {"prompt": ...}"""
+    n: int = 8
+    """answers to each prompt"""
+    template: str = ""
+    """chat template; none: the model folder's own, else chatml"""
+    max_new_tokens: int = 48
+    """the longest answer"""
+    temperature: float = 1.0
+    """of sampling"""
+    skip_bad: int = 0
+    """how many malformed lines may be skipped"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, least in (("n", 1), ("max_new_tokens", 1), ("skip_bad", 0)):
+            self.at_least(name, least)
+        self.above("temperature", 0)
+        if not self.prompts:
+            raise ValueError("--prompts needs at least one file")
+
+
+def best_of_n(config):
+    """Write best.jsonl to the output folder, one conversation for each prompt with its score and the scores of all its
+    answers; returns the means {"first": ..., "best": ...}. Answers that do not end are kept only if none does."""
+    tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
+    model, reward_model = load_with_head(config.model, "lm"), load_with_head(config.reward, "scalar")
+    context = min(model.config.max_position_embeddings, reward_model.config.max_position_embeddings)
+    prompts = read_files(config.prompts, read_prompts, Bad(config.skip_bad))
+    examples = encode_prompts(prompts, template, tokenizer, context - config.max_new_tokens).checked("--prompts")
+    score = model_rewards(reward_model, tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id)
+    stop = stop_ids(template, tokenizer)
+    claim(config)
+    first, best = [], []
+    with open(config.out / "best.jsonl", "w", encoding="utf-8") as file:
+        for begin in tqdm(range(0, len(examples), config.batch_size), unit="batch"):
+            part = examples[begin : begin + config.batch_size]
+            answers = generate(
+                model,
+                [ids for ids, _ in part for _ in range(config.n)],
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                stop_tokens=stop,
+                seed=[(config.seed, begin + i, k) for i in range(len(part)) for k in range(config.n)],
+            )
+            found = score([np.concatenate([a.prompt, a.ids]) for a in answers]).reshape(len(part), config.n)
+            ended = np.array([a.finish == "stop" for a in answers]).reshape(found.shape)
+            choice = np.where(ended | ~ended.any(1, keepdims=True), found, -np.inf).argmax(1)
+            for i, (_, prompt) in enumerate(part):
+                text = tokenizer.decode(answers[i * config.n + choice[i]].ids, skip_special=True)
+                messages = [*question_of(prompt.messages), {"role": "assistant", "content": text}]
+                row = {"messages": messages, "score": found[i, choice[i]], "scores": found[i].tolist()}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            first += found[:, 0].tolist()
+            best += found[np.arange(len(part)), choice].tolist()
+    means = {"first": float(np.mean(first)), "best": float(np.mean(best))}
+    print(f"{len(examples):,} prompts: mean score {means['first']:.3f} of one answer, {means['best']:.3f} of the best of "
+          f"{config.n}")  # fmt: skip
+    return means

@@ -1,0 +1,469 @@
+"""
+What the trainers share: settings, the rhythm of a run (schedule, clipping, evaluation, logging), losses over a model,
+and model folders.
+
+An update is of `batch_size` rows. They are computed in parts of `micro_batch_size`, and each part's loss is divided by
+the count of the *whole* batch, so that the gradient is the same however it is cut (a mean of means would weigh a token
+by how few neighbours its part has).
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from .. import functional as F
+from ..autograd import no_grad
+from ..chat import TEMPLATES, load_template
+from ..data.conversations import question_of
+from ..data.pack import Batch
+from ..extras import extra
+from ..generate import generate
+from ..hub import load_pretrained, save_pretrained
+from ..kernels.device import to_host
+from ..model import build
+from ..optim import AdamW, clip_scale, cosine_schedule, linear_schedule
+from ..tokenizer import Tokenizer
+
+IGNORED = -100  # a target that is not in the loss
+
+
+class NotFinite(ValueError):
+    """A loss or gradient is nan or infinite."""
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """What every trainer can be told. A trainer's own config adds to it and says why its defaults differ."""
+
+    out: Path
+    """the folder to make: the model, metrics.jsonl, samples.jsonl, settings.json"""
+    overwrite: bool = False
+    """replace the folder if it is there"""
+    seed: int = 0
+    """of weights, data order and sampling"""
+
+    batch_size: int = 32
+    """rows in an update"""
+    micro_batch_size: int = 0
+    """rows computed at once; 0: all of them. Smaller takes less memory and gives the same gradient"""
+    lr: float = 1e-3
+    """the peak learning rate"""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """how it falls after the warm-up"""
+    warmup: float = 0.02
+    """the share of the updates in which it rises"""
+    lr_floor: float = 0.1
+    """the last learning rate, as a share of the peak"""
+    weight_decay: float = 0.0
+    """pulls matrices toward zero"""
+    beta1: float = 0.9
+    """Adam: memory of the gradient"""
+    beta2: float = 0.95
+    """Adam: memory of its square; 0.95 forgets a bad batch sooner than 0.999"""
+    eps: float = 1e-8
+    """Adam: added to the root of the square"""
+    max_grad_norm: float = 1.0
+    """longer gradients are scaled down to this"""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """what to do where a gradient is not finite: stop, or leave that update out and count it"""
+
+    log_every: int = 10
+    """updates between rows of metrics.jsonl"""
+    eval_every: int = 100
+    """updates between evaluations; there is one before the first and one after the last, too"""
+    samples: int = 4
+    """completions shown at each evaluation"""
+    tensorboard: bool = False
+    """write TensorBoard event files, too"""
+
+    def __post_init__(self):
+        for name in ("batch_size", "log_every", "eval_every"):
+            self.at_least(name, 1)
+        for name in ("seed", "micro_batch_size", "samples", "weight_decay"):
+            self.at_least(name, 0)
+        for name in ("lr", "eps", "max_grad_norm"):
+            self.above(name, 0)
+        for name in ("warmup", "lr_floor"):
+            self.between(name, 0, 1)
+        for name in ("beta1", "beta2"):
+            self.between(name, 0, 1, open_end=True)
+
+    def refuse(self, name, must):
+        raise ValueError(f"--{name.replace('_', '-')} has to be {must}, and is {getattr(self, name)}")
+
+    def at_least(self, name, least):
+        if not getattr(self, name) >= least:
+            self.refuse(name, f"at least {least}")
+
+    def above(self, name, bound):
+        if not bound < getattr(self, name) < math.inf:
+            self.refuse(name, f"above {bound}")
+
+    def between(self, name, low, high, open_end=False):
+        value = getattr(self, name)
+        if not (low <= value <= high) or (open_end and value == high):
+            self.refuse(name, f"from {low} to {high}" if not open_end else f"at least {low} and below {high}")
+
+    def optimizer(self, parameters):
+        """An AdamW with these settings."""
+        return AdamW(parameters, self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay)
+
+    def learning_rate(self, step, steps):
+        """The learning rate of update `step`, counted from 0."""
+        warmup = math.ceil(self.warmup * steps)
+        if self.schedule == "constant":
+            return self.lr * min(1.0, (step + 1) / max(1, warmup))
+        schedule = cosine_schedule if self.schedule == "cosine" else linear_schedule
+        return schedule(step, steps, self.lr, warmup, self.lr_floor)
+
+
+def plain(value):
+    """`value` for JSON: paths as strings, tuples as lists."""
+    if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+# ------------------------------------------------------------------ model folders
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a model folder. ValueError where a trainer could not use it: it needs an end and a padding."""
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.eos_id is None:
+        raise ValueError(f"{folder}: the tokenizer has no end-of-text token, so no answer could end")
+    return tokenizer
+
+
+def template_of(folder, given=""):
+    """The chat template to use: the one that is given, else the folder's own, else chatml."""
+    if given:
+        return given if given in TEMPLATES else load_template(given)
+    note = Path(folder) / "minillm.json"
+    if note.exists():
+        return json.loads(note.read_text(encoding="utf-8")).get("template") or "chatml"
+    try:
+        return load_template(folder)
+    except (OSError, ValueError):
+        return "chatml"
+
+
+def save_model(folder, model, tokenizer, template=None):
+    """Write a folder that every trainer and script here, and transformers, can start from."""
+    save_pretrained(model, folder)
+    tokenizer.save(folder)
+    (Path(folder) / "minillm.json").write_text(json.dumps({"template": template}, indent=1) + "\n", encoding="utf-8")
+
+
+def with_head(model, head, seed=0):
+    """A copy of `model` with the head "lm" or "scalar". What both have is equal; a new head is drawn from the seed."""
+    config = dataclasses.replace(model.config, head=head)
+    copy = build(config, seed, model.flat.dtype)
+    for name, p in copy.parameters.items():
+        if name in model.parameters:
+            p.data[...] = model.parameters[name].data
+    return copy
+
+
+def load_with_head(folder, head, seed=0):
+    """The model of a folder, its head replaced where it is another one than `head`."""
+    model = load_pretrained(folder)
+    return model if model.config.head == head else with_head(model, head, seed)
+
+
+# ------------------------------------------------------------------ rows
+
+
+def read_files(paths, read, bad=None):
+    """Every item of read(path, bad) for several files, in a list. ValueError: a path that is no file."""
+    for path in paths:
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file")
+    return [item for path in paths for item in read(path, bad)]
+
+
+def hold_out(items, share, seed, key=lambda item: item.where):
+    """(kept, held out): about 1 - share and share of the items, in their old order; one key is on one side."""
+    keys = sorted({key(item) for item in items})
+    chosen = np.random.default_rng((seed, 1)).permutation(len(keys))[: round(share * len(keys))]
+    chosen = {keys[i] for i in chosen.tolist()}
+    return [i for i in items if key(i) not in chosen], [i for i in items if key(i) in chosen]
+
+
+def by_length(examples, size):
+    """Rankings in parts of at most `size`, longest first, so that a part's rows need little padding. A part's loss is
+    divided by the count of the whole update, so how it is cut does not matter."""
+    examples = sorted(examples, key=lambda e: -max(len(ids) for ids, _ in e.answers))
+    size = size or max(1, len(examples))
+    for first in range(0, len(examples), size):
+        yield examples[first : first + size]
+
+
+def parts(batch, size):
+    """A batch (a NamedTuple of arrays with one row each) in parts of at most `size` rows; size 0 is one part."""
+    rows = len(batch[0])
+    size = size or rows
+    for first in range(0, rows, size):
+        yield type(batch)(*(array[first : first + size] for array in batch))
+
+
+def pad(sequences, masks, pad_id, width=None):
+    """Sequences of ids and their masks, each in a row of its own, as a Batch that is as wide as the longest.
+
+    sequences  lists of (n,) int, masks of (n,) bool: which tokens are trained. Padding follows, and is never read.
+    """
+    width = max(len(ids) for ids in sequences) if width is None else width
+    tokens = np.full((len(sequences), width), pad_id, np.int32)
+    trained = np.zeros((len(sequences), width), bool)
+    start = np.tile(np.arange(width - 1, dtype=np.int32), (len(sequences), 1))
+    for row, (ids, mask) in enumerate(zip(sequences, masks, strict=True)):
+        tokens[row, : len(ids)], trained[row, 1 : len(ids)] = ids, mask[1:]
+        start[row, : len(ids)] = 0
+    return Batch(tokens, start, trained[:, 1:])
+
+
+# ------------------------------------------------------------------ losses and log-probabilities over a model
+
+
+def next_token_loss(model, batch, count):
+    """-sum of log p(target) over the batch's mask, divided by `count`: a scalar Tensor. Pretraining and SFT."""
+    hidden = model.hidden(batch.x, batch.start)
+    weights = batch.mask.astype(hidden.dtype) / hidden.dtype.type(count)
+    return F.linear_cross_entropy(hidden, model.head, batch.y, weights=weights)
+
+
+def token_logprobs(model, batch, temperature=1.0, entropy=False):
+    """log p(target) (B, T) as a Tensor, 0 where the mask is 0; with entropy=True (logprobs, entropies)."""
+    targets = np.where(batch.mask, batch.y, IGNORED)
+    hidden = model.hidden(batch.x, batch.start)
+    return F.linear_token_logprobs(hidden, model.head, targets, temperature=temperature, entropy=entropy)
+
+
+def frozen_logprobs(model, batch, temperature=1.0, rows=64):
+    """token_logprobs as an array, without a graph, `rows` at a time."""
+    with no_grad():
+        return np.concatenate([to_host(token_logprobs(model, part, temperature).data) for part in parts(batch, rows)])
+
+
+def scores(model, sequences, pad_id):
+    """The scalar head's output at the last token of each sequence: (B,) Tensor. The lengths say where that is; no id
+    is searched for, so it does not matter what padding is or what stands inside a text."""
+    last = np.array([len(ids) - 1 for ids in sequences])
+    tokens = np.full((len(sequences), last.max() + 1), pad_id, np.int32)
+    start = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(sequences), 1))
+    for row, ids in enumerate(sequences):
+        tokens[row, : len(ids)], start[row, : len(ids)] = ids, 0
+    hidden = model.hidden(tokens, start)[np.arange(len(last)), last]
+    return F.linear(hidden, model.head).reshape(len(last))
+
+
+def complete(model, tokenizer, prompts, max_new_tokens, stop_tokens):
+    """[(the user's last turn, the likeliest answer)] for Examples of prompts (see encode_prompts)."""
+    if not prompts:
+        return []
+    texts = generate(
+        model, [ids for ids, _ in prompts], max_new_tokens=max_new_tokens, temperature=0.0, stop_tokens=stop_tokens
+    )
+    questions = [question_of(prompt.messages)[-1]["content"] for _, prompt in prompts]
+    return [(q, tokenizer.decode(text.ids, skip_special=True)) for q, text in zip(questions, texts, strict=True)]
+
+
+def evaluate_tokens(model, batches, byte_lengths=None):
+    """{"eval_loss", "eval_perplexity", "eval_mean_token_accuracy"} over every masked target of `batches`, and with
+    byte_lengths, (V,) how many bytes each token stands for, "eval_bits_per_byte"."""
+    nll = right = count = size = 0.0
+    with no_grad():
+        for batch in batches:
+            hidden = model.hidden(batch.x, batch.start)
+            h, y = hidden.data[batch.mask], batch.y[batch.mask]
+            for first in range(0, len(y), 4096):
+                logits = F.linear(h[first : first + 4096], model.head.data).data
+                targets = y[first : first + 4096]
+                nll -= float(to_host(F.token_logprobs(logits, targets).data).sum(dtype=np.float64))
+                right += int((to_host(logits).argmax(-1) == targets).sum())
+            count += len(y)
+            size += 0 if byte_lengths is None else int(byte_lengths[y].sum())
+    count = max(count, 1)
+    found = {"eval_loss": nll / count, "eval_perplexity": math.exp(min(nll / count, 700))}
+    found["eval_mean_token_accuracy"] = right / count
+    if size:
+        found["eval_bits_per_byte"] = nll / math.log(2) / size
+    return found
+
+
+def byte_lengths(tokenizer):
+    """(V,) int: the bytes that each token stands for; control tokens stand for none."""
+    control = set(tokenizer.special_tokens.values())
+    return np.array([0 if i in control else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+
+
+# ------------------------------------------------------------------ a run
+
+
+def claim(settings):
+    """Make the output folder, and refuse one that holds something: an error now, not after an hour."""
+    out = settings.out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, and has to be a folder")
+    if out.exists() and any(out.iterdir()):
+        if not settings.overwrite:
+            raise ValueError(f"{out} is not empty: take another --out, or replace it with --overwrite True")
+        if not (out / "settings.json").exists():
+            raise ValueError(f"{out} is not empty, and was not made by a trainer: it is not mine to replace")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "settings.json", plain(settings))
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class Run:
+    """The rhythm around a trainer's loop.
+
+        with Run(settings, steps) as run:
+            for step in run.steps(evaluate, sample):
+                ...                                  batch, loss, backward
+                run.update(optimizer, {"loss": loss}, tokens)
+
+    evaluate()  -> {metric: number}, before the first update, after every eval_every-th and after the last
+    sample()    -> [(prompt, completion)], shown and written to samples.jsonl at the same moments
+
+    metrics.jsonl gets a row of means every log_every updates, and a row for each evaluation.
+    """
+
+    def __init__(self, settings, steps):
+        self.settings, self.total, self.step = settings, steps, 0
+        self.sums, self.tokens, self.skipped, self.last = {}, 0, 0, {}
+        self.file = self.board = self.bar = None
+        self.clock = self.clock_tokens = 0
+
+    def __enter__(self):
+        self.file = open(self.settings.out / "metrics.jsonl", "a", encoding="utf-8")
+        if self.settings.tensorboard:
+            self.board = extra("tensorboardX", "log").SummaryWriter(str(self.settings.out / "tensorboard"))
+        self.bar = tqdm(total=self.total, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *_):
+        for thing in (self.bar, self.board, self.file):
+            if thing is not None:
+                thing.close()
+
+    def steps(self, evaluate=None, sample=None):
+        """0, 1, ..., steps - 1; with what is due between them."""
+        self._look(evaluate, sample)
+        self.clock, self.clock_tokens = time.perf_counter(), 0
+        for step in range(self.total):
+            self.step, done = step, step + 1
+            yield step
+            if done % self.settings.log_every == 0 or done == self.total:
+                self._log()
+            self.bar.update()
+            if done % self.settings.eval_every == 0 or done == self.total:
+                self._look(evaluate, sample, done)
+                self.clock, self.clock_tokens = time.perf_counter(), 0
+
+    @property
+    def lr(self):
+        """This step's learning rate."""
+        return self.settings.learning_rate(self.step, self.total)
+
+    def update(self, optimizer, metrics, tokens=0, lr=None, prefix=""):
+        """Clip, update, zero the gradients, and remember the metrics for the next row; `prefix` goes before grad_norm
+        and learning_rate. Where a gradient is not finite: NotFinite, or with on_nan="skip" no update."""
+        norm, lr = optimizer.grad_norm(), self.lr if lr is None else lr
+        if math.isfinite(norm):
+            optimizer.step(lr, clip_scale(norm, self.settings.max_grad_norm))
+            self.add({**metrics, f"{prefix}grad_norm": norm, f"{prefix}learning_rate": lr})
+        elif self.settings.on_nan == "skip":
+            self.skipped += 1
+        else:
+            raise NotFinite(
+                f"update {self.step + 1}: the gradient's norm is {norm}, and {metrics}; lower --lr (now {lr:.2e}), or "
+                f"go on without such updates with --on-nan skip"
+            )
+        optimizer.zero_grad()
+        self.count(tokens)
+
+    def count(self, tokens):
+        """Tokens that were computed, for the speed and the total."""
+        self.tokens += int(tokens)
+        self.clock_tokens += int(tokens)
+
+    def add(self, metrics):
+        """Numbers for the next row, which gets the mean of each."""
+        for name, value in metrics.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = total + float(value), count + 1
+
+    def _log(self):
+        row = {name: total / count for name, (total, count) in self.sums.items()}
+        self.sums = {}
+        elapsed = time.perf_counter() - self.clock
+        row |= {"num_tokens": self.tokens, "skipped_updates": self.skipped}
+        row["tokens_per_second"] = round(self.clock_tokens / elapsed) if elapsed > 0 else 0
+        self.write(row, self.step + 1)
+        shown = {"loss": f"{row['loss']:.4f}"} if "loss" in row else {}
+        self.bar.set_postfix({**shown, "tok/s": f"{row['tokens_per_second']:,}"}, refresh=False)
+        self.last = row
+
+    def _look(self, evaluate, sample, step=0):
+        """Evaluate, write and print."""
+        found = evaluate() if evaluate else {}
+        if found:
+            self.write(found, step)
+        numbers = {
+            name: self.last[name] for name in ("loss", "learning_rate", "tokens_per_second") if name in self.last
+        }
+        told = "  ".join(f"{name} {number:.4g}" for name, number in (numbers | found).items())
+        tqdm.write(f"step {step}/{self.total}  {told}", file=sys.stdout)
+        pairs = sample() if sample and self.settings.samples else []
+        if pairs:
+            with open(self.settings.out / "samples.jsonl", "a", encoding="utf-8") as file:
+                for prompt, completion in pairs:
+                    row = {"step": step, "prompt": prompt, "completion": completion}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            tqdm.write("\n".join(sample_table(pairs)), file=sys.stdout)
+        sys.stdout.flush()
+
+    def write(self, metrics, step):
+        """A row of metrics.jsonl (and of TensorBoard)."""
+        row = {"step": step, **{name: _number(value) for name, value in metrics.items()}}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self.board.add_scalar(name, value, step)
+
+
+def _number(value):
+    """A number for JSON, which has no nan and no inf: null."""
+    if isinstance(value, int | np.integer):
+        return int(value)
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def sample_table(pairs, width=110):
+    """(prompt, completion) pairs as lines of text."""
+    for prompt, completion in pairs:
+        question, answer = (" ".join(text.split()) for text in (prompt, completion))
+        question = question if len(question) <= 40 else "…" + question[-39:]
+        room = width - 45
+        yield f"  {question:<40} | {answer if len(answer) <= room else answer[: room - 1] + '…'}"

@@ -1,0 +1,191 @@
+"""
+Direct preference optimization: minimise  L = -(1 / N) sum over pairs of log sigmoid(h),
+h = beta [log pi(y_w|x) - log ref(y_w|x) - log pi(y_l|x) + log ref(y_l|x)]                 (Rafailov et al. 2023, eq. 7)
+
+Log-probabilities are sums over the answer's tokens and its end-of-turn token; the prompt is in none of them. The
+reference is the model that training starts from, and its log-probabilities are computed once, by the same code, before
+the first update: there h = 0 and L = ln 2. Left out: sampling. What the policy does on prompts that no pair covers, the
+loss does not see (Xu et al. 2024), so watch the samples and rewards/chosen, which may fall while the margin grows.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ..autograd import no_grad
+from ..chat import stop_ids
+from ..data.conversations import encode_preferences, encode_prompts, pairs, prompts_of, read_preferences
+from ..data.datasets import Batches, Items
+from ..data.readers import Bad
+from ..kernels.device import to_host
+from ..losses import dpo_loss, dpo_rewards, sequence_logprobs
+from .common import (
+    Run,
+    Settings,
+    by_length,
+    claim,
+    complete,
+    hold_out,
+    load_tokenizer,
+    load_with_head,
+    pad,
+    read_files,
+    save_model,
+    template_of,
+    token_logprobs,
+)
+
+
+@dataclass(kw_only=True)
+class DPOConfig(Settings):
+    """Direct preference optimization."""
+
+    model: Path
+    """the model folder to start from: the SFT model"""
+    reference: Path | None = None
+    """the reference model; none: the one training starts from"""
+    data: tuple[Path, ...]
+    """preferences: JSON lines of {"prompt", "chosen", "rejected"}"""
+    template: str = ""
+    """chat template; none: the model folder's own, else chatml"""
+    length: int = 0
+    """tokens of the longest prompt and answer; 0: the model's context. Longer ones are left out and counted"""
+    epochs: float = 1.0
+    """passes over the preferences: more drive the loss to 0 and the text to repetition"""
+    beta: float = 0.1
+    """how dear it is to leave the reference: large stays near"""
+    kind: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
+    """the loss: DPO (with label_smoothing: cDPO), robust DPO, SLiC's hinge, IPO"""
+    label_smoothing: float = 0.0
+    """the share of labels that are wrong, for sigmoid (cDPO) and robust"""
+    normalize: Literal["sum", "mean"] = "sum"
+    """log-probabilities as sums, as in the papers, or per-token means (IPO in TRL); they need very different betas"""
+    held_out: float = 0.1
+    """share of the prompts kept for evaluation; all pairs of a prompt stay on one side"""
+    skip_bad: int = 0
+    """how many malformed lines may be skipped"""
+    max_new_tokens: int = 64
+    """length of the completions that are shown"""
+
+    lr: float = 5e-5
+    """a tenth of SFT's: the loss rewards any way of telling the answers apart, and a large step finds a bad one"""
+    warmup: float = 0.1
+    """the share of the updates in which the learning rate rises"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("length", "skip_bad"):
+            self.at_least(name, 0)
+        for name in ("epochs", "beta"):
+            self.above(name, 0)
+        self.at_least("max_new_tokens", 1)
+        self.between("label_smoothing", 0, 0.5, open_end=True)
+        self.between("held_out", 0, 1, open_end=True)
+        if self.label_smoothing and self.kind not in ("sigmoid", "robust"):
+            self.refuse("label_smoothing", f"0 for --kind {self.kind}")
+        if not self.data:
+            raise ValueError("--data needs at least one file")
+
+
+def pair_logprobs(model, examples, pad_id):
+    """(log pi(y_w|x), log pi(y_l|x)), Tensors (B,), and the answers' lengths, arrays (B,). One forward for both."""
+    sequences, masks = zip(*(e.answers[k] for k in (0, 1) for e in examples), strict=True)
+    batch, B = pad(sequences, masks, pad_id), len(examples)
+    logp = sequence_logprobs(token_logprobs(model, batch), batch.mask)
+    lengths = batch.mask.sum(1)
+    return logp[:B], logp[B:], (lengths[:B], lengths[B:])
+
+
+def with_reference(reference, examples, pad_id, rows=16):
+    """The examples, each with the reference's two log-probabilities, as `reference` (2,) float."""
+    place = {id(e): i for i, e in enumerate(examples)}
+    found = [None] * len(examples)
+    with no_grad():
+        for part in by_length(examples, rows):
+            chosen, rejected, _ = pair_logprobs(reference, part, pad_id)
+            for e, w, l in zip(part, to_host(chosen.data), to_host(rejected.data), strict=True):
+                found[place[id(e)]] = e._replace(reference=(w, l))
+    return found
+
+
+def loss_and_metrics(model, examples, config, pad_id, count):
+    """The loss of one part, divided by the `count` of pairs in the whole update, and sums of metrics over the part."""
+    chosen, rejected, lengths = pair_logprobs(model, examples, pad_id)
+    reference = np.array([e.reference for e in examples], chosen.dtype)
+    loss = dpo_loss(
+        chosen,
+        rejected,
+        reference[:, 0],
+        reference[:, 1],
+        config.beta,
+        config.kind,
+        config.label_smoothing,
+        normalize=config.normalize,
+        lengths=lengths if config.normalize == "mean" else None,
+        count=count,
+    )
+    won, lost = (to_host(r) for r in dpo_rewards(chosen, rejected, reference[:, 0], reference[:, 1], config.beta))
+    return loss, {
+        "rewards/chosen": won.sum(),
+        "rewards/rejected": lost.sum(),
+        "rewards/margins": (won - lost).sum(),
+        "rewards/accuracies": ((won > lost) + 0.5 * (won == lost)).sum(),
+        "logps/chosen": to_host(chosen.data).sum(),
+        "logps/rejected": to_host(rejected.data).sum(),
+    }
+
+
+def measure(model, examples, config, pad_id, rows=16):
+    """The loss and the metrics over all examples, as {"eval_...": mean}."""
+    sums = {}
+    with no_grad():
+        for part in by_length(examples, rows):
+            loss, metrics = loss_and_metrics(model, part, config, pad_id, len(examples))
+            for name, value in {"loss": loss.item() * len(examples), **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+    return {f"eval_{name}": value / len(examples) for name, value in sums.items()}
+
+
+def train(config):
+    """Train, and write the model folder; returns (model, tokenizer)."""
+    tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
+    model = load_with_head(config.model, "lm")
+    reference = load_with_head(config.reference, "lm") if config.reference else model
+    context = model.config.max_position_embeddings
+    length = min(config.length or context, context)
+    preferences = read_files(config.data, read_preferences, Bad(config.skip_bad))
+    kept, held = hold_out(preferences, config.held_out, config.seed, key=lambda p: str(p.prompt))
+    examples = encode_preferences(kept, template, tokenizer, length).checked("--data")
+    tests = encode_preferences(held, template, tokenizer, length)
+    prompts = encode_prompts(prompts_of(held), template, tokenizer, length - 1)[: config.samples]
+    pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+    claim(config)
+    if examples.left_out:
+        print(f"left out: {examples.summary()}")
+    print(f"{len(examples):,} preferences, {len(tests):,} held out")
+    train_pairs, tests = (with_reference(reference, pairs(some), pad_id) for some in (examples, tests))
+    batches = Batches(Items(train_pairs), config.batch_size, config.seed)
+    steps = math.ceil(config.epochs * len(train_pairs) / config.batch_size)
+    optimizer = config.optimizer(model.parameters)
+
+    def evaluate():
+        return measure(model, tests, config, pad_id) if tests else {}
+
+    def sample():
+        return complete(model, tokenizer, prompts, config.max_new_tokens, stop_ids(template, tokenizer))
+
+    with Run(config, steps) as run:
+        for _ in run.steps(evaluate, sample):
+            batch, sums = next(batches), {}
+            for part in by_length(batch, config.micro_batch_size):
+                loss, metrics = loss_and_metrics(model, part, config, pad_id, len(batch))
+                loss.backward()
+                for name, value in {"loss": loss.item() * len(batch), **metrics}.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+            metrics = {name: value / len(batch) for name, value in sums.items()}
+            run.update(optimizer, metrics, tokens=sum(len(ids) for e in batch for ids, _ in e.answers))
+    save_model(config.out, model, tokenizer, template)
+    return model, tokenizer

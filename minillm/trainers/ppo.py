@@ -1,0 +1,477 @@
+"""
+PPO: maximise  J = E_{y ~ pi}[ r(x, y) - beta KL ],  KL = sum over the answer's tokens of log pi(y_t) - log ref(y_t)
+
+by clipped steps (Schulman et al. 2017, eq. 7) on sampled answers. The optimum is known,
+pi*(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x), and the tests reach it where all answers can be written down.
+
+Four models: the policy, the frozen reference it started from, the frozen reward model, and the value model. One round:
+
+    rollout      sample an answer to each prompt, to its end-of-turn token or to max_new_tokens
+    experience   score it on its last token; log-probabilities of policy and reference and values by the same forward
+                 that training uses (not the sampler's: the ratio has to begin at 1); per-token rewards
+                 -beta kl_t, with the score on the last token; advantages (GAE), whitened over valid tokens
+    update       some epochs over the answers in minibatches; a policy step and a value step each
+
+Every array of a round is (B, T) over target positions: entry t belongs to tokens[t + 1], and `mask` is 1 on the answer.
+Left out: sharing a trunk between policy and value, and reward models that score unfinished text.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from .. import functional as F
+from ..autograd import no_grad
+from ..chat import stop_ids
+from ..data.conversations import encode_prompts, question_of, read_prompts
+from ..data.datasets import Batches, Items
+from ..data.pack import Batch
+from ..data.readers import Bad
+from ..generate import generate
+from ..kernels.device import to_host
+from ..losses import (
+    AdaptiveKL,
+    gae,
+    kl_rewards,
+    last_token,
+    masked_mean,
+    masked_var,
+    ppo_policy_loss,
+    ppo_value_loss,
+    whiten,
+)
+from .common import (
+    Run,
+    Settings,
+    claim,
+    frozen_logprobs,
+    hold_out,
+    load_tokenizer,
+    load_with_head,
+    pad,
+    parts,
+    read_files,
+    save_model,
+    scores,
+    template_of,
+    token_logprobs,
+    with_head,
+)
+
+
+@dataclass(kw_only=True)
+class PPOConfig(Settings):
+    """PPO against a reward model."""
+
+    model: Path
+    """the model folder to start from, which is also the reference: the SFT model"""
+    reward: Path
+    """the reward model's folder"""
+    prompts: tuple[Path, ...]
+    """prompts: JSON lines of {"messages": [...]} or {"prompt": ...}"""
+    template: str = ""
+    """chat template; none: the model folder's own, else chatml"""
+    value_init: Literal["reward", "model"] = "reward"
+    """what the value model starts from: the reward model already knows what a good beginning is (InstructGPT)"""
+    episodes: int = 10_000
+    """answers to sample in all"""
+    batch_size: int = 64
+    """answers in a round"""
+    ppo_epochs: int = 4
+    """passes over a round's answers"""
+    minibatch_size: int = 0
+    """answers in an update; 0: all of the round"""
+    max_new_tokens: int = 48
+    """the longest answer"""
+    temperature: float = 1.0
+    """of sampling, and of all log-probabilities: another one there would make every ratio wrong"""
+
+    beta: float = 0.05
+    """the price of one nat of KL, in the reward's standard deviations"""
+    target_kl: float = 0.0
+    """steer beta towards this KL per answer (Ziegler et al. 2019); 0: beta is fixed"""
+    horizon: int = 10_000
+    """answers over which beta is steered"""
+    max_step_kl: float = 0.1
+    """end a round's updates where the policy has moved by this KL per token from where it sampled"""
+    clip: float = 0.2
+    """how far a probability ratio may leave 1"""
+    clip_value: float = 0.2
+    """how far a value may move in a round"""
+    gamma: float = 1.0
+    """discount: an answer is short, and only its end is scored"""
+    lam: float = 0.95
+    """GAE: 1 trusts sampled rewards alone, 0 the value model alone"""
+    entropy_coefficient: float = 0.0
+    """reward for the policy's entropy; the KL term already keeps it up"""
+    whiten_rewards: bool = False
+    """scale each round's rewards to spread 1; off, so that beta keeps its meaning"""
+    missing_eos_penalty: float = 1.0
+    """taken from the score of an answer that does not end by itself"""
+    reward_clip: float = 10.0
+    """scores are held within this many standard deviations"""
+    reference_samples: int = 128
+    """answers of the reference over which the score gets mean 0 and standard deviation 1; 0: raw scores"""
+    value_lr: float = 1e-3
+    """the value model's learning rate; it has to follow the policy, so it is faster"""
+    value_warmup: int = 4
+    """rounds at the beginning in which only the value model learns"""
+    held_out: float = 0.1
+    """share of the prompts kept for evaluation"""
+    eval_prompts: int = 64
+    """how many of them are answered in an evaluation"""
+    skip_bad: int = 0
+    """how many malformed lines may be skipped"""
+    flight_record: int = 0
+    """write every token of every so-manieth round to flight.jsonl, to be recomputed by hand; 0: none"""
+
+    lr: float = 1e-4
+    """the policy's peak learning rate"""
+    schedule: Literal["cosine", "linear", "constant"] = "linear"
+    """how it falls"""
+    eps: float = 1e-5
+    """larger than Adam's usual 1e-8: the first steps of a policy, with tiny second moments, would be too long"""
+    log_every: int = 1
+    """rounds between rows of metrics.jsonl"""
+    eval_every: int = 20
+    """rounds between evaluations"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("episodes", "ppo_epochs", "max_new_tokens", "horizon", "eval_prompts"):
+            self.at_least(name, 1)
+        zero = ("minibatch_size", "beta", "target_kl", "reference_samples", "value_warmup", "skip_bad", "flight_record")
+        for name in (*zero, "entropy_coefficient", "missing_eos_penalty"):
+            self.at_least(name, 0)
+        for name in ("temperature", "max_step_kl", "clip", "clip_value", "reward_clip", "value_lr"):
+            self.above(name, 0)
+        for name in ("gamma", "lam"):
+            self.between(name, 0, 1)
+        self.between("held_out", 0, 1, open_end=True)
+        if self.target_kl and 0.2 * self.batch_size >= self.horizon:
+            self.refuse("horizon", "more than a fifth of --batch-size")
+        if not self.prompts:
+            raise ValueError("--prompts needs at least one file")
+
+
+class Experience(NamedTuple):
+    """One round's answers, one in each row, and what is known about their tokens. Arrays; all but tokens (B, T)."""
+
+    tokens: np.ndarray  # (B, T + 1) int32
+    start: np.ndarray
+    mask: np.ndarray  # 1 on the answer's tokens
+    score: np.ndarray  # the score on its last token, 0 elsewhere
+    logp: np.ndarray  # log pi of the policy that sampled
+    reference_logp: np.ndarray
+    kl: np.ndarray  # their difference
+    reward: np.ndarray  # score - beta kl
+    value: np.ndarray
+    advantage: np.ndarray  # before whitening
+    white: np.ndarray  # after it
+    returns: np.ndarray
+
+    @property
+    def batch(self):
+        """The rows as a Batch."""
+        return Batch(self.tokens, self.start, self.mask)
+
+
+class Scorer(NamedTuple):
+    """Turns answers into numbers: gain (r - mean), clipped, less the penalty where an answer did not end."""
+
+    function: object  # function(sequences) -> (B,) array of raw rewards
+    mean: float = 0.0
+    gain: float = 1.0
+    clip: float = math.inf
+    missing_eos_penalty: float = 0.0
+
+    def __call__(self, sequences, ended):
+        score = np.clip((self.function(sequences) - self.mean) * self.gain, -self.clip, self.clip)
+        return score - self.missing_eos_penalty * ~ended
+
+
+def model_rewards(model, pad_id, rows=64):
+    """function(sequences) -> (B,) float64: a reward model's scores, without a graph."""
+
+    def score(sequences):
+        with no_grad():
+            found = [scores(model, sequences[i : i + rows], pad_id) for i in range(0, len(sequences), rows)]
+        return np.concatenate([to_host(part.data).astype(np.float64) for part in found])
+
+    return score
+
+
+def normalised(scorer, sequences, ended):
+    """The scorer with mean and gain such that these answers, the reference's, get mean 0 and standard deviation 1
+    (Ziegler et al. 2019, section 2.1): beta then weighs the same whatever scale the reward model came out with."""
+    raw = scorer.function(sequences)
+    return scorer._replace(mean=float(raw.mean()), gain=1.0 / max(float(raw.std()), 1e-6))
+
+
+# ------------------------------------------------------------------ rollout
+
+
+def rollout(policy, prompts, config, stop_tokens, pad_id, seed, cache=True):
+    """Sample an answer to each prompt: (batch, sequences, ended). The batch's mask covers the answers; `ended` (B,)
+    says which of them came to a stop token."""
+    room = policy.config.max_position_embeddings
+    new = min(config.max_new_tokens, room - max(len(p) for p in prompts))
+    answers = generate(
+        policy,
+        prompts,
+        max_new_tokens=new,
+        temperature=config.temperature,
+        stop_tokens=stop_tokens,
+        seed=[(*seed, i) for i in range(len(prompts))],
+        cache=cache,
+    )
+    sequences = [np.concatenate([answer.prompt, answer.ids]) for answer in answers]
+    masks = [np.arange(len(s)) >= len(a.prompt) for s, a in zip(sequences, answers, strict=True)]
+    return pad(sequences, masks, pad_id), sequences, np.array([a.finish == "stop" for a in answers])
+
+
+# ------------------------------------------------------------------ experience
+
+
+def values_of(value_model, batch):
+    """V_t, a Tensor (B, T): what the value model expects before token t + 1 is chosen."""
+    return F.linear(value_model.hidden(batch.x, batch.start), value_model.head).reshape(batch.mask.shape)
+
+
+def frozen_values(value_model, batch, rows=64):
+    """values_of as an array, without a graph."""
+    with no_grad():
+        return np.concatenate([to_host(values_of(value_model, part).data) for part in parts(batch, rows)])
+
+
+def experience(policy, reference, value_model, batch, score, config, beta):
+    """Everything a round's updates need, from sampled rows and the score (B,) of each."""
+    rows = config.micro_batch_size or 64
+    logp = frozen_logprobs(policy, batch, config.temperature, rows)
+    reference_logp = frozen_logprobs(reference, batch, config.temperature, rows)
+    value = frozen_values(value_model, batch, rows) * batch.mask
+    reward, kl = kl_rewards(score, logp, reference_logp, batch.mask, beta)
+    if config.whiten_rewards:
+        reward = whiten(reward, batch.mask, shift_mean=False)
+    advantage, returns = gae(reward, value, batch.mask, config.gamma, config.lam)
+    on_last = np.arange(batch.mask.shape[1]) == last_token(batch.mask)[:, None]
+    return Experience(
+        *batch,
+        score=np.where(on_last, score[:, None], 0.0),
+        logp=logp,
+        reference_logp=reference_logp,
+        kl=kl,
+        reward=reward,
+        value=value,
+        advantage=advantage,
+        white=whiten(advantage, batch.mask),
+        returns=returns,
+    )
+
+
+# ------------------------------------------------------------------ update
+
+
+def minibatches(rows, size, epochs, rng):
+    """Index arrays of at most `size` rows: each epoch in a new order, every row once."""
+    for _ in range(epochs):
+        order = rng.permutation(rows)
+        for first in range(0, rows, size or rows):
+            yield order[first : first + (size or rows)]
+
+
+def policy_backward(policy, e, config):
+    """Backward of the policy's loss on the rows of `e`, in parts; its statistics."""
+    count, sums, largest = e.mask.sum(), {}, 0.0
+    for part in parts(e, config.micro_batch_size):
+        logp, entropy = token_logprobs(policy, part.batch, config.temperature, entropy=True)
+        loss, found = ppo_policy_loss(logp, part.logp, part.white, part.mask, config.clip, count)
+        if config.entropy_coefficient:
+            loss = loss - masked_mean(entropy, part.mask, count) * config.entropy_coefficient
+        loss.backward()
+        largest = max(largest, float(found.pop("ratio_max")))
+        found |= {"loss": loss.item(), "entropy": masked_mean(entropy.data, part.mask, count)}
+        sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
+    return sums | {"ratio_max": largest}
+
+
+def value_backward(value_model, e, config):
+    """Backward of the value model's loss on the rows of `e`, in parts; its statistics."""
+    count, sums = e.mask.sum(), {}
+    for part in parts(e, config.micro_batch_size):
+        values = values_of(value_model, part.batch)
+        loss, found = ppo_value_loss(values, part.value, part.returns, part.mask, config.clip_value, count)
+        loss.backward()
+        found |= {"loss": loss.item()}
+        sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
+    return sums
+
+
+def update(policy, value_model, e, optimizers, config, run, rng, train_policy=True):
+    """A round's updates. Stops early where the policy has moved too far; then the rest of the round is left out."""
+    policy_optimizer, value_optimizer = optimizers
+    value_lr = config.value_lr * run.lr / config.lr
+    for rows in minibatches(len(e.tokens), config.minibatch_size, config.ppo_epochs, rng):
+        part = Experience(*(array[rows] for array in e))
+        if not part.mask.any():
+            continue  # nothing was sampled in these rows, so there is nothing to learn from
+        found = value_backward(value_model, part, config)
+        metrics = {"loss/value_avg": found["loss"], "val/clipfrac_avg": found["clipfrac"]}
+        run.update(value_optimizer, metrics, lr=value_lr, prefix="value/")
+        if not train_policy:
+            continue
+        found = policy_backward(policy, part, config)
+        if found["approx_kl_k3"] > config.max_step_kl:
+            policy_optimizer.zero_grad()
+            run.add({"policy/stopped_early": 1.0})
+            break
+        metrics = {
+            "loss/policy_avg": found["loss"],
+            "policy/approxkl_avg": found["approx_kl_k2"],
+            "policy/approxkl_k3": found["approx_kl_k3"],
+            "policy/clipfrac_avg": found["clipfrac"],
+            "policy/entropy_avg": found["entropy"],
+            "val/ratio": found["ratio"],
+            "val/ratio_var": found["ratio_var"],
+            "val/ratio_max": found["ratio_max"],
+        }
+        run.update(policy_optimizer, metrics)
+
+
+# ------------------------------------------------------------------ what is logged
+
+
+def round_metrics(e, ended, beta):
+    """A round's own numbers, under TRL's names. KL, rewards and entropy are sums over an answer, averaged over them."""
+    lengths, kl = e.mask.sum(1), e.kl.sum(1)
+    score = e.score.sum(1)
+    residual, variance = masked_mean((e.returns - e.value) ** 2, e.mask), masked_var(e.returns, e.mask)
+    return {
+        "objective/kl": kl.mean(),
+        "objective/entropy": -np.where(e.mask, e.logp, 0.0).sum(1).mean(),
+        "objective/non_score_reward": -beta * kl.mean(),
+        "objective/rlhf_reward": score.mean() - beta * kl.mean(),
+        "objective/scores": score.mean(),
+        "objective/kl_coef": beta,
+        "val/explained_variance": 1 - residual / variance if variance > 0 else 0.0,
+        "val/mean": masked_mean(e.value, e.mask),
+        "val/num_eos_tokens": ended.sum(),
+        "returns/mean": masked_mean(e.returns, e.mask),
+        "returns/var": variance,
+        "length": lengths.mean(),
+        "missing_eos": 1 - ended.mean(),
+    }
+
+
+def flight_rows(e, new_logp, tokenizer, step, beta, config):
+    """One dict for each token of a round, from which all others can be recomputed: `new_logp` (B, T) is the policy's
+    after the round's updates, and tells ratio and clipped."""
+    delta = e.reward + config.gamma * _next(e.value, e.mask) - e.value
+    ratio = np.exp(new_logp - e.logp)
+    clipped = ((e.white > 0) & (ratio > 1 + config.clip)) | ((e.white < 0) & (ratio < 1 - config.clip))
+    for row, t in zip(*np.nonzero(e.mask), strict=True):
+        token = int(e.tokens[row, t + 1])
+        names = ("logp", "reference_logp", "kl", "score", "reward", "value", "advantage", "white", "returns")
+        yield {
+            "round": step,
+            "answer": int(row),
+            "position": int(t + 1),
+            "token": token,
+            "text": tokenizer.decode([token]),
+            "beta": beta,
+            **{name: float(getattr(e, name)[row, t]) for name in names},
+            "delta": float(delta[row, t]),
+            "ratio": float(ratio[row, t]),
+            "clipped": bool(clipped[row, t]),
+        }
+
+
+def _next(values, mask):
+    """V of the next valid token of each row, 0 behind the last: answers are one stretch, so it is the neighbour."""
+    return np.concatenate([values[:, 1:] * mask[:, 1:], np.zeros_like(values[:, :1])], 1)
+
+
+# ------------------------------------------------------------------ the loop
+
+
+def train(config):
+    """Train, and write the policy's folder; returns (policy, tokenizer)."""
+    tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
+    policy = load_with_head(config.model, "lm")
+    reference = with_head(policy, "lm")
+    reward_model = load_with_head(config.reward, "scalar")
+    if reward_model.config.vocab_size != policy.config.vocab_size:
+        sizes = reward_model.config.vocab_size, policy.config.vocab_size
+        raise ValueError(f"{config.reward} has {sizes[0]} tokens, and {config.model} has {sizes[1]}: two tokenizers")
+    value_model = with_head(reward_model if config.value_init == "reward" else policy, "scalar", config.seed)
+    context = min(policy.config.max_position_embeddings, reward_model.config.max_position_embeddings)
+    prompts = read_files(config.prompts, read_prompts, Bad(config.skip_bad))
+    kept, held = hold_out(prompts, config.held_out, config.seed, key=lambda p: str(question_of(p.messages)))
+    examples = encode_prompts(kept, template, tokenizer, context - config.max_new_tokens).checked("--prompts")
+    tests = encode_prompts(held, template, tokenizer, context - config.max_new_tokens)[: config.eval_prompts]
+    pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+    stop = stop_ids(template, tokenizer)
+    claim(config)
+    if examples.left_out:
+        print(f"left out: {examples.summary()}")
+    print(f"{len(examples):,} prompts, {len(tests):,} held out")
+
+    batches = Batches(Items(examples), config.batch_size, config.seed)
+    scorer = Scorer(model_rewards(reward_model, pad_id), 0.0, 1.0, config.reward_clip, config.missing_eos_penalty)
+    if config.reference_samples:
+        some = [
+            ids for ids, _ in (examples * -(-config.reference_samples // len(examples)))[: config.reference_samples]
+        ]
+        _, sequences, ended = rollout(reference, some, config, stop, pad_id, (config.seed, 0))
+        scorer = normalised(scorer, sequences, ended)
+    controller = AdaptiveKL(config.beta, config.target_kl or None, config.horizon)
+    optimizers = config.optimizer(policy.parameters), config.optimizer(value_model.parameters)
+    steps = math.ceil(config.episodes / config.batch_size)
+
+    def evaluate():
+        """Score, KL, length of sampled answers to the held-out prompts, the same random numbers every time."""
+        if not tests:
+            return {}
+        batch, sequences, ended = rollout(policy, [ids for ids, _ in tests], config, stop, pad_id, (config.seed, 1))
+        difference = frozen_logprobs(policy, batch, config.temperature) - frozen_logprobs(
+            reference, batch, config.temperature
+        )
+        return {
+            "eval_scores": scorer(sequences, ended).mean(),
+            "eval_kl": np.where(batch.mask, difference, 0).sum(1).mean(),
+            "eval_length": batch.mask.sum(1).mean(),
+            "eval_missing_eos": 1 - ended.mean(),
+        }
+
+    def sample():
+        some = tests[: config.samples]
+        if not some:
+            return []
+        _, sequences, _ = rollout(policy, [ids for ids, _ in some], config, stop, pad_id, (config.seed, 1))
+        return [
+            (question_of(prompt.messages)[-1]["content"], tokenizer.decode(s[len(ids) :], skip_special=True))
+            for (ids, prompt), s in zip(some, sequences, strict=True)
+        ]
+
+    with Run(config, steps) as run:
+        for step in run.steps(evaluate, sample):
+            asked = [ids for ids, _ in next(batches)]
+            batch, sequences, ended = rollout(policy, asked, config, stop, pad_id, (config.seed, 2, step))
+            beta = controller.coefficient
+            e = experience(policy, reference, value_model, batch, scorer(sequences, ended), config, beta)
+            rng = np.random.default_rng((config.seed, 3, step))
+            update(policy, value_model, e, optimizers, config, run, rng, train_policy=step >= config.value_warmup)
+            run.add({**round_metrics(e, ended, beta), "episode": (step + 1) * config.batch_size})
+            run.count(batch.mask.sum())
+            controller.update(float(e.kl.sum(1).mean()), config.batch_size)
+            if config.flight_record and step % config.flight_record == 0:
+                new_logp = frozen_logprobs(policy, batch, config.temperature)
+                with open(config.out / "flight.jsonl", "a", encoding="utf-8") as file:
+                    for row in flight_rows(e, new_logp, tokenizer, step, beta, config):
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    save_model(config.out, policy, tokenizer, template)
+    return policy, tokenizer

@@ -1,0 +1,131 @@
+"""
+Pretraining: minimise  L = -(1 / N) sum over rows and tokens of m_t log p(x_{t+1} | x_start..x_t)
+
+N is the number of targets of the whole update. A token sees its own document alone; the first token of a document is no
+target, for nothing announces it. Left out: nothing is repeated on purpose and nothing is masked.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.datasets import Batches, Mixture, Windows, load_tokens
+from ..generate import generate
+from ..model import Config, build
+from .common import (
+    Run,
+    Settings,
+    byte_lengths,
+    claim,
+    evaluate_tokens,
+    load_tokenizer,
+    load_with_head,
+    next_token_loss,
+    parts,
+    save_model,
+)
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(Settings):
+    """Pretraining. The defaults suit a model of about a million parameters and some million tokens."""
+
+    data: Path
+    """a folder made by scripts/prepare.py"""
+    model: Path | None = None
+    """a model folder to go on from; none: a new model of the sizes below"""
+    hidden_size: int = 128
+    """width of a new model"""
+    num_hidden_layers: int = 4
+    """blocks of a new model"""
+    num_attention_heads: int = 4
+    """heads of a new model"""
+    num_key_value_heads: int = 0
+    """key-value heads, shared among the heads; 0: one for each"""
+    intermediate_size: int = 0
+    """width of the feed-forward; 0: 8/3 of hidden_size, up to a multiple of 32"""
+    context: int = 0
+    """the longest text of a new model, in tokens; 0: four times the rows' length"""
+    length: int = 128
+    """tokens in a row"""
+    packing: str = "best_fit"
+    """best_fit keeps documents whole and pads; greedy cuts them and pads nothing"""
+    tokens: int = 4_500_000
+    """how many tokens to train on, rows' padding not counted as saved"""
+    weights: dict[str, float] | None = None
+    """share of each source: NAME NUMBER ...; none: the manifest's, else in proportion to its tokens"""
+
+    lr: float = 4e-3
+    """the peak learning rate: small models take large ones, and 1e-3 suits 10M parameters"""
+    weight_decay: float = 0.1
+    """pulls matrices toward zero; the usual value of pretraining"""
+    eval_rows: int = 256
+    """rows of held-out text in an evaluation"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "length", "tokens", "eval_rows"):
+            self.at_least(name, 1)
+        for name in ("num_key_value_heads", "intermediate_size", "context"):
+            self.at_least(name, 0)
+        if self.context and self.context < self.length:
+            self.refuse("context", f"at least the rows' length {self.length}")
+        if self.packing not in ("best_fit", "greedy"):
+            self.refuse("packing", "best_fit or greedy")
+
+
+def new_model(config, vocab_size):
+    """A model of the sizes in `config`, its weights drawn from the seed."""
+    sizes = Config(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size or None,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads or None,
+        max_position_embeddings=config.context or 4 * config.length,
+    )
+    return build(sizes, config.seed)
+
+
+def train(config):
+    """Train, and write the model folder; returns (model, tokenizer)."""
+    tokenizer = load_tokenizer(config.data)
+    windows = {
+        name: Windows(file, config.length, config.packing) for name, file in load_tokens(config.data, "train").items()
+    }
+    weights = config.weights or {name: int(w.documents.offsets[-1]) for name, w in windows.items()}
+    batches = Batches(Mixture(windows, weights), config.batch_size, config.seed)
+    tests = [Windows(file, config.length) for file in load_tokens(config.data, "validation").values()]
+    held_out = [rows.rows(range(min(config.eval_rows, len(rows)))) for rows in tests]
+    model = load_with_head(config.model, "lm") if config.model else new_model(config, tokenizer.vocab_size)
+    if model.config.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"{config.model} has {model.config.vocab_size} tokens, and the data has {tokenizer.vocab_size}"
+        )
+    claim(config)
+    optimizer = config.optimizer(model.parameters)
+    steps = math.ceil(config.tokens / (config.batch_size * config.length))
+    lengths = byte_lengths(tokenizer)
+
+    def evaluate():
+        return evaluate_tokens(model, (part for rows in held_out for part in parts(rows, config.batch_size)), lengths)
+
+    def sample():
+        begin = [[tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id]] * config.samples
+        room = min(64, model.config.max_position_embeddings - 1)
+        stop = [tokenizer.eos_id]
+        texts = generate(model, begin, max_new_tokens=room, temperature=0.8, stop_tokens=stop, seed=config.seed)
+        return [("", tokenizer.decode(text.ids, skip_special=True)) for text in texts]
+
+    with Run(config, steps) as run:
+        for _ in run.steps(evaluate, sample):
+            batch = next(batches)
+            count, total = batch.mask.sum(), 0.0
+            for part in parts(batch, config.micro_batch_size):
+                loss = next_token_loss(model, part, count)
+                loss.backward()
+                total += loss.item()
+            run.update(optimizer, {"loss": total}, tokens=batch.x.size)
+    save_model(config.out, model, tokenizer)
+    return model, tokenizer

@@ -1,0 +1,150 @@
+"""
+Reward model: minimise  L = -(1 / N) sum over pairs of log sigmoid(r(x, y_w) - r(x, y_l) - m)        (Bradley-Terry)
+
+r(x, y) is a linear head on the last hidden state of the answer's last token, its end-of-turn token, so that training
+and scoring read the same place. The trunk starts from the SFT weights (the head is new): a reward model that does not
+know the language learns lengths and keywords. Rows with more than two answers, {"prompt", "ranked": [best, ...]}, are
+ranked in one pass (all their pairs, or Plackett-Luce). Left out: an ensemble, and a KL term of any kind.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ..autograd import no_grad
+from ..data.conversations import encode_preferences, read_preferences
+from ..data.datasets import Batches, Items
+from ..data.readers import Bad
+from ..kernels.device import to_host
+from ..losses import ranking_loss, reward_loss
+from .common import (
+    Run,
+    Settings,
+    by_length,
+    claim,
+    hold_out,
+    load_tokenizer,
+    load_with_head,
+    read_files,
+    save_model,
+    scores,
+    template_of,
+)
+
+
+@dataclass(kw_only=True)
+class RewardConfig(Settings):
+    """Reward model."""
+
+    model: Path
+    """the model folder to start from: the SFT model"""
+    data: tuple[Path, ...]
+    """preferences: JSON lines of {"prompt", "chosen", "rejected"} or {"prompt", "ranked": [best, ...]}"""
+    template: str = ""
+    """chat template; none: the model folder's own, else chatml"""
+    length: int = 0
+    """tokens of the longest prompt and answer; 0: the model's context. Longer ones are left out and counted"""
+    epochs: float = 1.0
+    """passes over the preferences: after one, reward models of all sizes begin to learn rows by heart"""
+    centring: float = 0.01
+    """pulls r_w + r_l towards 0, where differences alone would leave it to drift (Eisenstein et al. 2023)"""
+    ranking: Literal["pairs", "plackett_luce", "best_of_k"] = "pairs"
+    """what is asked of rows with more than two answers"""
+    held_out: float = 0.1
+    """share of the prompts kept for evaluation; all pairs of a prompt stay on one side"""
+    skip_bad: int = 0
+    """how many malformed lines may be skipped"""
+
+    lr: float = 5e-4
+    """the peak learning rate"""
+    warmup: float = 0.05
+    """the share of the updates in which it rises"""
+    weight_decay: float = 0.01
+    """pulls matrices toward zero, a little: preferences are few"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least("length", 0)
+        self.at_least("centring", 0)
+        self.at_least("skip_bad", 0)
+        self.above("epochs", 0)
+        self.between("held_out", 0, 1, open_end=True)
+        if not self.data:
+            raise ValueError("--data needs at least one file")
+
+
+def preference_loss(r, examples, config, count):
+    """The loss of the scores r (B, K) of one part, K answers each, best first; nan where an example has fewer."""
+    if r.shape[1] > 2:
+        there = np.arange(r.shape[1]) < np.array([len(e.answers) for e in examples])[:, None]
+        return ranking_loss(r, there, config.ranking, count)
+    margins, labels = (np.array([getattr(e, name) for e in examples]) for name in ("margin", "preference"))
+    return reward_loss(r[:, 0], r[:, 1], margins, config.centring, labels, count)
+
+
+def score_answers(model, examples, pad_id):
+    """r (B, K), a Tensor: the scores of every example's answers. Where one has fewer than K, its first one's again."""
+    K = max(len(e.answers) for e in examples)
+    sequences = [(e.answers + [e.answers[0]] * (K - len(e.answers)))[k][0] for e in examples for k in range(K)]
+    return scores(model, sequences, pad_id).reshape(len(examples), K)
+
+
+def measure(model, examples, pad_id, rows=16):
+    """{"eval_accuracy", "eval_margin", "eval_loss"} over all pairs of the examples, ties counted half."""
+    won, margins = 0.0, []
+    with no_grad():
+        for part in by_length(examples, rows):
+            r = to_host(score_answers(model, part, pad_id).data).astype(np.float64)
+            for row, e in zip(r, part, strict=True):
+                K = len(e.answers)
+                margins += [row[i] - row[j] for i in range(K) for j in range(i + 1, K)]
+    margins = np.array(margins)
+    won = (margins > 0).mean() + 0.5 * (margins == 0).mean()
+    return {
+        "eval_accuracy": won,
+        "eval_margin": margins.mean(),
+        "eval_loss": np.logaddexp(0, -margins).mean(),
+    }
+
+
+def train(config):
+    """Train, and write the model folder; returns (model, tokenizer)."""
+    tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
+    model = load_with_head(config.model, "scalar", config.seed)
+    context = model.config.max_position_embeddings
+    length = min(config.length or context, context)
+    preferences = read_files(config.data, read_preferences, Bad(config.skip_bad))
+    kept, held = hold_out(preferences, config.held_out, config.seed, key=lambda p: str(p.prompt))
+    examples = encode_preferences(kept, template, tokenizer, length).checked("--data")
+    tests = encode_preferences(held, template, tokenizer, length)
+    pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+    batches = Batches(Items(examples), config.batch_size, config.seed)
+    steps = math.ceil(config.epochs * len(examples) / config.batch_size)
+    claim(config)
+    if examples.left_out:
+        print(f"left out: {examples.summary()}")
+    print(f"{len(examples):,} preferences, {len(tests):,} held out")
+    optimizer = config.optimizer(model.parameters)
+
+    def evaluate():
+        return measure(model, tests, pad_id) if tests else {}
+
+    with Run(config, steps) as run:
+        for _ in run.steps(evaluate):
+            batch, total, all_scores = next(batches), 0.0, []
+            for part in by_length(batch, config.micro_batch_size):
+                r = score_answers(model, part, pad_id)
+                loss = preference_loss(r, part, config, len(batch))
+                loss.backward()
+                total += loss.item()
+                all_scores.append(to_host(r.data)[:, :2])
+            r = np.concatenate(all_scores)
+            margin = r[:, 0] - r[:, 1]
+            metrics = {"loss": total, "accuracy": (margin > 0).mean(), "margin": margin.mean()}
+            metrics |= {"min_reward": r.min(), "mean_reward": r.mean(), "max_reward": r.max()}
+            run.update(optimizer, metrics, tokens=sum(len(ids) for e in batch for ids, _ in e.answers))
+    save_model(config.out, model, tokenizer, template)
+    return model, tokenizer

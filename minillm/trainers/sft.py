@@ -1,0 +1,126 @@
+"""
+Supervised fine-tuning: minimise  L = -(1 / N) sum over conversations and tokens of m_t log p(x_{t+1} | x_1..x_t)
+
+The mask m is 1 on what the assistant writes and on the token that ends its turn, and 0 on everything else: system,
+user, role marks, padding. N counts the mask of the whole update. Masks come from the template's segments, never from
+searching the text. Optionally a share of the rows is pretraining text, so that knowledge which no conversation asks for
+is not forgotten.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..chat import stop_ids
+from ..data.conversations import encode_conversations, encode_prompts, read_conversations
+from ..data.datasets import Batches, Mixture, Windows, load_tokens
+from ..data.readers import Bad
+from .common import (
+    Run,
+    Settings,
+    claim,
+    complete,
+    evaluate_tokens,
+    hold_out,
+    load_tokenizer,
+    load_with_head,
+    next_token_loss,
+    parts,
+    read_files,
+    save_model,
+    template_of,
+)
+
+
+@dataclass(kw_only=True)
+class SFTConfig(Settings):
+    """Supervised fine-tuning."""
+
+    model: Path
+    """the model folder to start from"""
+    data: tuple[Path, ...]
+    """conversations: JSON lines of {"messages": [...]}"""
+    template: str = ""
+    """chatml, llama2, llama3, alpaca, or a Jinja file; none: the model folder's own, else chatml"""
+    length: int = 0
+    """tokens in a row; 0: the model's context. Longer conversations are left out and counted"""
+    packing: str = "best_fit"
+    """best_fit packs conversations into rows, blind to each other; pad gives each a row"""
+    epochs: float = 3.0
+    """passes over the conversations; InstructGPT took 16 and found most of it by the first few"""
+    replay: Path | None = None
+    """a folder of scripts/prepare.py whose text is mixed in, against forgetting"""
+    replay_share: float = 0.25
+    """share of such rows"""
+    held_out: float = 0.05
+    """share of the conversations kept for evaluation"""
+    skip_bad: int = 0
+    """how many malformed lines may be skipped"""
+    max_new_tokens: int = 64
+    """length of the completions that are shown"""
+
+    lr: float = 5e-4
+    """a tenth of pretraining's peak: enough to learn the form, little enough to keep the knowledge"""
+    warmup: float = 0.03
+    """the share of the updates in which the learning rate rises"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least("length", 0)
+        self.at_least("max_new_tokens", 1)
+        self.above("epochs", 0)
+        self.between("replay_share", 0, 1, open_end=True)
+        self.between("held_out", 0, 1, open_end=True)
+        self.at_least("skip_bad", 0)
+        if self.packing not in ("best_fit", "pad"):
+            self.refuse("packing", "best_fit or pad")
+        if not self.data:
+            raise ValueError("--data needs at least one file")
+
+
+def train(config):
+    """Train, and write the model folder; returns (model, tokenizer)."""
+    tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
+    model = load_with_head(config.model, "lm")
+    length = min(config.length or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    conversations = read_files(config.data, read_conversations, Bad(config.skip_bad))
+    kept, held = hold_out(conversations, config.held_out, config.seed)
+    examples = encode_conversations(kept, template, tokenizer, length).checked("--data")
+    tests = encode_conversations(held, template, tokenizer, length)
+    prompts = encode_prompts(held[: config.samples], template, tokenizer, length - 1)
+    rows = Windows(list(examples), length, config.packing)
+    held_rows = Windows(list(tests), length)
+    steps = math.ceil(config.epochs * len(rows) / config.batch_size)
+    mixture, weights = {"conversations": rows}, {"conversations": 1.0}
+    if config.replay and config.replay_share:
+        # Whatever the sources of the replayed text, each row of it is one of (share) in all.
+        files = {name: Windows(file, length) for name, file in load_tokens(config.replay, "train").items()}
+        tokens = {name: int(file.documents.offsets[-1]) for name, file in files.items()}
+        share = config.replay_share / (1 - config.replay_share)
+        weights |= {f"replay.{name}": share * n / sum(tokens.values()) for name, n in tokens.items()}
+        mixture |= {f"replay.{name}": file for name, file in files.items()}
+        steps = math.ceil(steps / (1 - config.replay_share))
+    batches = Batches(Mixture(mixture, weights), config.batch_size, config.seed)
+    claim(config)
+    if examples.left_out:
+        print(f"left out: {examples.summary()}")
+    print(f"{len(examples):,} conversations in {len(rows):,} rows of {length}, {len(tests):,} held out")
+    optimizer = config.optimizer(model.parameters)
+
+    def evaluate():
+        return evaluate_tokens(model, parts(held_rows.rows(range(len(held_rows))), 32)) if len(held_rows) else {}
+
+    def sample():
+        return complete(model, tokenizer, prompts, config.max_new_tokens, stop_ids(template, tokenizer))
+
+    with Run(config, steps) as run:
+        for _ in run.steps(evaluate, sample):
+            batch = next(batches)
+            count, total = batch.mask.sum(), 0.0
+            for part in parts(batch, config.micro_batch_size):
+                loss = next_token_loss(model, part, count)
+                loss.backward()
+                total += loss.item()
+            run.update(optimizer, {"loss": total, "trained_tokens": count}, tokens=batch.x.size)
+    save_model(config.out, model, tokenizer, template)
+    return model, tokenizer
