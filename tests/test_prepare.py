@@ -138,6 +138,7 @@ def test_steps_that_are_asked_for_drop_what_they_should(inputs, tmp_path):
     assert dropped["three"] == {"language.other": 1}
     assert dropped["four"] == {"quality.classifier": 1}
     assert dropped["two"]["contamination"] == 1 and dropped["one"]["toxicity.words"] >= 1
+    assert manifest["evaluation"]["texts"] == 1 and manifest["evaluation"]["too_short"] == 0
     assert manifest["sources"]["three"]["languages"] == {"de": 1}
     assert "validation" not in manifest["tokens"] or not manifest["tokens"]["validation"]
 

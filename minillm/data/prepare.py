@@ -120,7 +120,7 @@ class Prepare:
                 refuse(name, "from 0 to 1")
         if not 0 <= self.validation < 1:
             refuse("validation", "at least 0 and below 1")
-        for name, least in (("skip_bad", 0), ("workers", 0), ("eval_ngram", 1), ("tokenizer_characters", 1)):
+        for name, least in (("skip_bad", 0), ("workers", 0), ("eval_ngram", 5), ("tokenizer_characters", 1)):
             if getattr(self, name) < least:
                 refuse(name, f"at least {least}")
         if not SMALLEST_VOCABULARY <= self.vocab_size < 1 << 32:
@@ -209,6 +209,12 @@ def _evaluation_texts(settings):
         else:
             for where, row in read_rows(path):
                 yield from ((where, text) for text in _strings(row))
+
+
+def _evaluation(settings):
+    """What the manifest says about the evaluation texts: those that are too short to look for are counted."""
+    index = NgramIndex(_evaluation_texts(settings), settings.eval_ngram)
+    return {"texts": len(index.names), "ngrams": len(index), "too_short": len(index.too_short)}
 
 
 def _strings(value):
@@ -400,6 +406,7 @@ def _prepare(settings, sources, tokenizer, folder, show_progress):
         },
         "bad_lines": {"count": bad.count, "examples": bad.examples},
         "near_duplicates": families,
+        "evaluation": _evaluation(settings),
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "sha256": _sha256(folder / "tokenizer.json")},
         "weights": settings.weights,
         "tokens": pieces,

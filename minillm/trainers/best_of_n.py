@@ -86,6 +86,6 @@ def best_of_n(config):
             first += found[:, 0].tolist()
             best += found[np.arange(len(part)), choice].tolist()
     means = {"first": float(np.mean(first)), "best": float(np.mean(best))}
-    print(f"{len(examples):,} prompts: mean score {means['first']:.3f} of one answer, {means['best']:.3f} of the best of "
-          f"{config.n}")  # fmt: skip
+    told = f"mean score {means['first']:.3f} of one answer, {means['best']:.3f} of the best of {config.n}"
+    print(f"{len(examples):,} prompts: {told}")
     return means
