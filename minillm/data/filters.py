@@ -380,6 +380,19 @@ def signs(page, at_most=0.15):
     return _limit("share of signs", _share(count, page.visible), at_most=at_most)
 
 
+_PUNCTUATED = (*_TERMINAL, ",", ";", ":", "、", "，", "；", "：", "-", "–", "—", ")", "]")
+
+
+def menu_lines(page, at_most=0.7, length=60, at_least=5):
+    """The share of lines up to `length` characters that end without any punctuation, where there are `at_least` lines:
+    what is around a page, not in it. Verse has up to 0.6; poems without punctuation go too.
+    """
+    if len(page.lines) < at_least:
+        return None
+    count = sum(len(line) <= length and not line.rstrip().endswith(_PUNCTUATED) for line in page.lines)
+    return _limit("share of short lines without punctuation", count / len(page.lines), at_most=at_most)
+
+
 # ------------------------------------------------------------------ programs
 
 
@@ -476,6 +489,7 @@ PRESETS = {
             machine_words=machine_words,
             signs=signs,
             digits=digits,
+            menu_lines=menu_lines,
             repeated_line_characters=partial(repeated_line_characters, at_most=0.3),
             repeated_grams=partial(repeated_grams, n=10, at_most=0.3),
         )

@@ -64,7 +64,7 @@ class Prepare:
     """replace OUT if it is there"""
 
     preset: str = "default"
-    """quality rules: default, gopher_quality, gopher_repetition, c4, fineweb, or none"""
+    """quality rules: default, code, gopher_quality, gopher_repetition, c4, fineweb, or none"""
     languages: tuple[str, ...] = ()
     """codes (en, de, ...) of the languages to keep; none given keeps all"""
     language_threshold: float = 0.65
