@@ -12,10 +12,12 @@ import json
 import math
 import shutil
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 from tqdm import tqdm
@@ -27,7 +29,7 @@ from ..data.conversations import question_of
 from ..data.pack import Batch
 from ..extras import extra
 from ..generate import generate
-from ..hub import load_pretrained, save_pretrained
+from ..hub import load_pretrained, read_config, save_pretrained
 from ..kernels.device import to_host
 from ..model import build
 from ..optim import AdamW, clip_scale, cosine_schedule, linear_schedule
@@ -49,7 +51,7 @@ class Settings:
     overwrite: bool = False
     """replace the folder if it is there"""
     seed: int = 0
-    """of weights, data order and sampling"""
+    """the random numbers of weights, data order and sampling"""
 
     batch_size: int = 32
     """rows in an update"""
@@ -58,9 +60,9 @@ class Settings:
     lr: float = 1e-3
     """the peak learning rate"""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """how it falls after the warm-up"""
+    """how the learning rate falls after the warm-up"""
     warmup: float = 0.02
-    """the share of the updates in which it rises"""
+    """the share of the updates in which the learning rate rises"""
     lr_floor: float = 0.1
     """the last learning rate, as a share of the peak"""
     weight_decay: float = 0.0
@@ -72,20 +74,22 @@ class Settings:
     eps: float = 1e-8
     """Adam: added to the root of the square"""
     max_grad_norm: float = 1.0
-    """longer gradients are scaled down to this"""
+    """a gradient that is longer is scaled down to this length"""
     on_nan: Literal["stop", "skip"] = "stop"
     """what to do where a gradient is not finite: stop, or leave that update out and count it"""
 
     log_every: int = 10
     """updates between rows of metrics.jsonl"""
     eval_every: int = 100
-    """updates between evaluations; there is one before the first and one after the last, too"""
+    """updates between evaluations; there is one before the first update and one after the last, too"""
     samples: int = 4
     """completions shown at each evaluation"""
     tensorboard: bool = False
     """write TensorBoard event files, too"""
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            self.of_type(field.name, field.type)
         for name in ("batch_size", "log_every", "eval_every"):
             self.at_least(name, 1)
         for name in ("seed", "micro_batch_size", "samples", "weight_decay"):
@@ -100,12 +104,23 @@ class Settings:
     def refuse(self, name, must):
         raise ValueError(f"--{name.replace('_', '-')} has to be {must}, and is {getattr(self, name)}")
 
+    def of_type(self, name, kind):
+        """Whole numbers are int, other numbers are finite, and a choice is one of those there are."""
+        value = getattr(self, name)
+        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        if kind is int and not (number and value == int(value)):
+            self.refuse(name, "a whole number")
+        if kind is float and not (number and math.isfinite(value)):
+            self.refuse(name, "a number")
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            self.refuse(name, f"one of {', '.join(get_args(kind))}")
+
     def at_least(self, name, least):
         if not getattr(self, name) >= least:
             self.refuse(name, f"at least {least}")
 
     def above(self, name, bound):
-        if not bound < getattr(self, name) < math.inf:
+        if not bound < getattr(self, name):
             self.refuse(name, f"above {bound}")
 
     def between(self, name, low, high, open_end=False):
@@ -141,31 +156,70 @@ def plain(value):
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a model folder. ValueError where a trainer could not use it: it needs an end and a padding."""
-    tokenizer = Tokenizer.load(folder)
+    """The tokenizer of a model folder, or of prepared data. ValueError where a trainer could not use it: there is none,
+    it has no end of text, or it has tokens that the model beside it does not know."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: {'is a file, and has to be' if folder.exists() else 'there is no such'} folder")
+    if not (folder / "tokenizer.json").exists():
+        raise ValueError(f"{folder} has no tokenizer.json: it is neither a model's folder nor prepared data")
+    try:
+        tokenizer = Tokenizer.load(folder)
+    except ValueError as error:
+        raise ValueError(str(error) if str(folder) in str(error) else f"{folder}: the tokenizer: {error}") from None
     if tokenizer.eos_id is None:
         raise ValueError(f"{folder}: the tokenizer has no end-of-text token, so no answer could end")
+    if (folder / "config.json").exists() and (size := read_config(folder).vocab_size) < tokenizer.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, and the model knows {size}")
     return tokenizer
 
 
+def same_tokenizer(folder, tokenizer, other):
+    """ValueError where the tokenizer of `folder` gives ids another meaning than `tokenizer`, that of `other`. Equal
+    sizes say little: a model would read another's ids without an error, as noise."""
+    theirs = load_tokenizer(folder)
+    tables = [(t.special_tokens, [t._bytes.get(i) for i in range(t.vocab_size)]) for t in (theirs, tokenizer)]
+    if tables[0] != tables[1]:
+        raise ValueError(f"{folder} and {other} have different tokenizers: an id means one thing here, another there")
+
+
 def template_of(folder, given=""):
-    """The chat template to use: the one that is given, else the folder's own, else chatml."""
+    """The chat template to use: the one that is given, else the folder's own (noted by a trainer in minillm.json, or
+    the checkpoint's), else chatml. ValueError: a name of no template and no file, a file that can not be read."""
+    if given in TEMPLATES:
+        return given
     if given:
-        return given if given in TEMPLATES else load_template(given)
+        if not Path(given).exists():
+            near = get_close_matches(given, TEMPLATES, 1)
+            hint = f"; perhaps you meant {near[0]}" if near else ""
+            raise ValueError(f"--template {given!r} is none of {', '.join(TEMPLATES)}, and no file{hint}")
+        return _read(lambda: load_template(given), given)
     note = Path(folder) / "minillm.json"
-    if note.exists():
-        return json.loads(note.read_text(encoding="utf-8")).get("template") or "chatml"
+    if note.exists() and (noted := _read(lambda: json.loads(note.read_text(encoding="utf-8"))["template"], note)):
+        return noted
+    if (Path(folder) / "chat_template.jinja").exists():
+        return _read(lambda: load_template(folder), Path(folder) / "chat_template.jinja")
+    config = Path(folder) / "tokenizer_config.json"
+    found = _read(lambda: json.loads(config.read_text(encoding="utf-8")), config) if config.exists() else {}
+    return load_template(folder) if found.get("chat_template") else "chatml"
+
+
+def _read(function, path):
+    """function(), its complaint about what stands in the file `path` in one line with the file's name."""
     try:
-        return load_template(folder)
-    except (OSError, ValueError):
-        return "chatml"
+        return function()
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} can not be read: {error}") from None
 
 
 def save_model(folder, model, tokenizer, template=None):
     """Write a folder that every trainer and script here, and transformers, can start from."""
     save_pretrained(model, folder)
     tokenizer.save(folder)
-    (Path(folder) / "minillm.json").write_text(json.dumps({"template": template}, indent=1) + "\n", encoding="utf-8")
+    write_json(Path(folder) / "minillm.json", {"template": template})
+    if template and template not in TEMPLATES:  # Jinja source: where everybody else looks for it, too
+        (Path(folder) / "chat_template.jinja").write_text(template, encoding="utf-8")
+    print(f"written to {folder}")
 
 
 def with_head(model, head, seed=0):
@@ -178,10 +232,19 @@ def with_head(model, head, seed=0):
     return copy
 
 
-def load_with_head(folder, head, seed=0):
-    """The model of a folder, its head replaced where it is another one than `head`."""
+def load_with_head(folder, head, seed=None):
+    """The model of a folder, which has to have this head; with a seed, another one is replaced by one drawn from it.
+
+    A new head knows nothing: that is how a reward model starts, and an accident everywhere else.
+    """
     model = load_pretrained(folder)
-    return model if model.config.head == head else with_head(model, head, seed)
+    if model.config.head == head:
+        return model
+    if seed is None:
+        names = {"lm": "a language model", "scalar": "a reward model"}
+        hint = "; scripts/reward.py makes one of it" if head == "scalar" else ""
+        raise ValueError(f"{folder} is {names[model.config.head]}, and {names[head]} is needed{hint}")
+    return with_head(model, head, seed)
 
 
 # ------------------------------------------------------------------ rows
@@ -196,9 +259,11 @@ def read_files(paths, read, bad=None):
 
 
 def hold_out(items, share, seed, key=lambda item: item.where):
-    """(kept, held out): about 1 - share and share of the items, in their old order; one key is on one side."""
+    """(kept, held out): about 1 - share and share of the items, in their old order; one key is on one side. Of few
+    items, at least one key's are kept."""
     keys = sorted({key(item) for item in items})
-    chosen = np.random.default_rng((seed, 1)).permutation(len(keys))[: round(share * len(keys))]
+    count = min(round(share * len(keys)), max(len(keys) - 1, 0))
+    chosen = np.random.default_rng((seed, 1)).permutation(len(keys))[:count]
     chosen = {keys[i] for i in chosen.tolist()}
     return [i for i in items if key(i) not in chosen], [i for i in items if key(i) in chosen]
 
@@ -240,9 +305,22 @@ def pad(sequences, masks, pad_id, width=None):
 
 def next_token_loss(model, batch, count):
     """-sum of log p(target) over the batch's mask, divided by `count`: a scalar Tensor. Pretraining and SFT."""
+    targets = np.where(batch.mask, batch.y, IGNORED)  # what is ignored costs no logits
     hidden = model.hidden(batch.x, batch.start)
-    weights = batch.mask.astype(hidden.dtype) / hidden.dtype.type(count)
-    return F.linear_cross_entropy(hidden, model.head, batch.y, weights=weights)
+    weights = np.full(targets.shape, 1 / count, hidden.dtype)
+    return F.linear_cross_entropy(hidden, model.head, targets, weights=weights)
+
+
+def next_token_backward(model, batch, size):
+    """Backward of an update's next_token_loss, in parts of `size` rows; the loss, a float. A part without a target adds
+    nothing, and a whole batch without one has loss 0 and gradient 0."""
+    count, total = int(batch.mask.sum()), 0.0
+    for part in parts(batch, size):
+        if part.mask.any():
+            loss = next_token_loss(model, part, count)
+            loss.backward()
+            total += loss.item()
+    return total
 
 
 def token_logprobs(model, batch, temperature=1.0, entropy=False):
@@ -283,7 +361,7 @@ def complete(model, tokenizer, prompts, max_new_tokens, stop_tokens):
 
 def evaluate_tokens(model, batches, byte_lengths=None):
     """{"eval_loss", "eval_perplexity", "eval_mean_token_accuracy"} over every masked target of `batches`, and with
-    byte_lengths, (V,) how many bytes each token stands for, "eval_bits_per_byte"."""
+    byte_lengths, (V,) how many bytes each token stands for, "eval_bits_per_byte". {} where there is no target."""
     nll = right = count = size = 0.0
     with no_grad():
         for batch in batches:
@@ -296,7 +374,8 @@ def evaluate_tokens(model, batches, byte_lengths=None):
                 right += int((to_host(logits).argmax(-1) == targets).sum())
             count += len(y)
             size += 0 if byte_lengths is None else int(byte_lengths[y].sum())
-    count = max(count, 1)
+    if not count:
+        return {}
     found = {"eval_loss": nll / count, "eval_perplexity": math.exp(min(nll / count, 700))}
     found["eval_mean_token_accuracy"] = right / count
     if size:
@@ -316,6 +395,8 @@ def byte_lengths(tokenizer):
 def claim(settings):
     """Make the output folder, and refuse one that holds something: an error now, not after an hour."""
     out = settings.out
+    if settings.tensorboard:
+        extra("tensorboardX", "log")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, and has to be a folder")
     if out.exists() and any(out.iterdir()):
@@ -323,9 +404,20 @@ def claim(settings):
             raise ValueError(f"{out} is not empty: take another --out, or replace it with --overwrite True")
         if not (out / "settings.json").exists():
             raise ValueError(f"{out} is not empty, and was not made by a trainer: it is not mine to replace")
+        for name, path in _paths(settings):
+            if name != "out" and path.resolve().is_relative_to(out.resolve()):
+                raise ValueError(f"--{name} {path} is in --out {out}, which would be replaced: take another --out")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "settings.json", plain(settings))
+
+
+def _paths(settings):
+    """(option, Path) of every path in the settings."""
+    for name, value in vars(settings).items():
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path):
+                yield name, path
 
 
 def write_json(path, value):
