@@ -33,8 +33,9 @@ ARROWS = {
     "data": [*ENGINE, "extras", "optim", "tokenizer", "chat", "data"],
     "generate": [*ENGINE, "model", "losses"],
     "trainers": [*LIBRARY, "trainers"],
-    "scripts": [*LIBRARY, "op_examples", "trainers", "scripts", "kernels", "kernels.kernel", OP],
-    "tests": [*LIBRARY, "op_examples", "trainers", "tests", "kernels", "kernels.jit", "kernels.kernel", OP],
+    "report": ["extras", "data"],
+    "scripts": [*LIBRARY, "report", "op_examples", "trainers", "scripts", "kernels", "kernels.kernel", OP],
+    "tests": [*LIBRARY, "report", "op_examples", "trainers", "tests", "kernels", "kernels.jit", "kernels.kernel", OP],
 }
 
 
