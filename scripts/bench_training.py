@@ -172,9 +172,8 @@ def main():
         ratios = sorted(b / a for a, b in zip(first, second, strict=True))
         low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
         median = statistics.median(ratios)
-        print(
-            f"speed against PyTorch: {median:.2f}x (median of {len(ratios)} pairs of steps; middle half {low:.2f} to {high:.2f})"
-        )
+        spread = f"median of {len(ratios)} pairs of steps; middle half {low:.2f} to {high:.2f}"
+        print(f"speed against PyTorch: {median:.2f}x ({spread})")
 
 
 if __name__ == "__main__":

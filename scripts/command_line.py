@@ -1,74 +1,224 @@
-"""What the scripts with many options share: options from a dataclass (by tyro), and errors of one line."""
+"""What the scripts with many options share: options from a dataclass (by tyro), help, and errors of one line."""
 
+import ast
 import contextlib
+import dataclasses
+import difflib
+import inspect
 import io
+import itertools
 import os
 import re
+import shutil
 import sys
+import textwrap
+import types
 from pathlib import Path
+from typing import Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
-CONFIG = (tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes, tyro.conf.HelptextFromCommentsOff)
+CONFIG = (tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes)
 
 
 def parse(config, description, arguments=None):
     """An instance of the dataclass `config` from the command line. A mistake ends the program with one line, rc 2.
 
-    config's __post_init__ checks ranges and raises ValueError("FIELD has to be ..., and is ...").
+    A field is an option, the string under it is its help. config's __post_init__ checks ranges and raises
+    ValueError("--FIELD has to be ..., and is ...").
     """
     program = Path(sys.argv[0]).name
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = {"prog": program, "description": description, "args": arguments, "config": CONFIG}
+    options = {option.flag: option for option in options_of(config)}
     if {"-h", "--help"} & set(arguments):
-        return tyro.cli(config, **options)
+        try:
+            print("\n".join(help_lines(program, description, options.values())), flush=True)
+        except BrokenPipeError:  # `| head` has seen enough; Python would complain once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    for argument in arguments:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag not in options:
+            fail(f"Unrecognized options: {argument}" + _suggestion(flag, options))
     told = io.StringIO()
     columns, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "1000"  # tyro must not break the line
     try:
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
-            return tyro.cli(config, **options)
+            return tyro.cli(config, prog=program, args=_with_true(arguments, options), config=CONFIG)
     except ValueError as error:
         fail(error)
     except SystemExit:
-        fail(_first_lines(told.getvalue()))
+        fail(_one_line(told.getvalue(), options))
     finally:
         os.environ.pop("COLUMNS")
         if columns is not None:
             os.environ["COLUMNS"] = columns
 
 
-def _first_lines(box):
+def _suggestion(flag, options):
+    """The option that somebody may have meant: the nearest, also to what other trainers call it."""
+    names = {flag: flag for flag in options} | {theirs: ours for theirs, ours in ELSEWHERE.items() if ours in options}
+    near = difflib.get_close_matches(flag, names, 1, 0.6)
+    return f"; perhaps you meant {names[near[0]]}" if near else ""
+
+
+ELSEWHERE = {
+    "--learning-rate": "--lr",
+    "--output-dir": "--out",
+    "--num-train-epochs": "--epochs",
+    "--per-device-train-batch-size": "--micro-batch-size",
+    "--max-length": "--length",
+}
+
+
+def _with_true(arguments, options):
+    """The arguments, with the value True behind a yes-or-no option that has none."""
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
+        yield argument
+        option = options.get(argument.replace("_", "-"))
+        if option and option.values == YES_OR_NO and following.startswith("--"):
+            yield "True"
+
+
+def _one_line(box, options):
     """The message in the box that tyro draws around an error, as one line."""
     lines = [line.strip("│╭╮╰╯ ") for line in box.split("\n")]
     lines = [line for line in lines[1:] if line.strip("─-") and "--help" not in line]
-    for i, line in enumerate(lines):
-        if line.startswith("Argument helptext"):
-            lines = lines[:i]
-            break
-        if line.startswith("Perhaps you meant"):
-            lines = [*lines[:i], f"perhaps you meant {lines[i + 1]}"]
-            break
+    lines = list(itertools.takewhile(lambda line: not line.startswith("Argument helptext"), lines))
     if lines and lines[0].startswith("Missing from"):  # each option is followed by its help
-        lines = ["missing: " + ", ".join(line for line in lines if line.startswith("-"))]
-    return re.sub("^Error parsing [A-Z]\\w*: ", "", "; ".join(lines))
+        missing = [line.split()[0] for line in lines if line.startswith("-")]
+        return "missing: " + ", ".join(f"{flag} {options[flag].values}" for flag in missing)
+    line = re.sub("^Error parsing [A-Z]\\w*: ", "", "; ".join(lines))
+    if match := re.match("Error parsing (--[a-z0-9-]+): no type matching", line):
+        return f"Error parsing {match[1]}: it takes {options[match[1]].values}"
+    for pattern, told in TYROS_WORDS.items():
+        line = re.sub(pattern, told, line)
+    return line
+
+
+TYROS_WORDS = {
+    r"invalid literal for int\(\) with base 10: (.*)": r"\1 is no whole number",
+    r"could not convert string to float: (.*)": r"\1 is no number",
+    r"Missing value for argument '(.*?)'.*": r"\1 needs a value",
+    r"invalid choice (.*) for argument '(.*?)'\. Expected one of \((.*?),?\)\.": r"\2 has to be one of \3, and is \1",
+}
 
 
 def fail(message):
     """End the program with rc 2 and one line that says what is wrong."""
-    line = " ".join(str(message).split())
-    sys.exit(_say(line))
+    sys.exit(_say(message, 2))
 
 
-def _say(line):
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    return 2
+def _say(message, code):
+    """Print one line to stderr; the code, for sys.exit."""
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    return code
 
 
 def run(main, options):
     """main(options), with an error of one line for what the user can mend, and a quiet end on Ctrl-C."""
     try:
         main(options)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        sys.exit(_say(" ".join(str(error).split())) - 1)
+    except OSError as error:  # its own text begins with a number and ends with the file
+        sys.exit(_say(f"{error.filename}: {error.strerror}" if error.filename is not None else error, 1))
+    except MemoryError as error:
+        sys.exit(_say(f"too little memory: {error or 'none is left'}", 1))
+    except (ValueError, ModuleNotFoundError) as error:
+        sys.exit(_say(error, 1))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+# ------------------------------------------------------------------ options and their help
+
+YES_OR_NO = "True|False"
+
+
+class Option(NamedTuple):
+    """One field of a config."""
+
+    flag: str  # "--batch-size", or the name alone of what is given without one
+    values: str  # what it takes: "PATH", "N ...", "a|b"
+    help: str
+    default: object  # None where it is not worth a word
+    required: bool
+    group: str  # the first sentence about the class that brought it in
+    apart: bool  # a blank line stands before it
+
+
+def options_of(config):
+    """The Options of a dataclass, in order: the group of the most derived class first."""
+    kinds = get_type_hints(config, include_extras=True)
+    found, owner = {}, {}
+    for cls in reversed([c for c in config.__mro__ if dataclasses.is_dataclass(c)]):
+        group = inspect.cleandoc(cls.__doc__).partition(".")[0].replace("\n", " ")
+        for name, (text, apart) in _texts(cls).items():
+            group_of, apart_of = owner.setdefault(name, (group, apart))
+            found[name] = text, group_of, apart_of
+    options = []
+    for field in dataclasses.fields(config):
+        text, group, apart = found.get(field.name, ("", "", False))
+        flag = "--" + field.name.replace("_", "-")
+        if get_origin(get_type_hints(config)[field.name]) is not get_origin(kinds[field.name]):
+            flag = field.name.upper()  # Annotated: tyro.conf.Positional
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        default = None if required or field.default in (dataclasses.MISSING, "", ()) else field.default
+        values = _values(get_type_hints(config)[field.name])
+        options.append(Option(flag, values, text, default, required, group, apart))
+    groups = list(dict.fromkeys(option.group for option in options))
+    return sorted(options, key=lambda option: -groups.index(option.group))
+
+
+def _texts(cls):
+    """{field: (the string under it, whether a blank line stands before it)} of one class, without its bases."""
+    found, end = {}, 0
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    for field, text in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            found[field.target.id] = ast.literal_eval(text.value), field.lineno > end + 1
+            end = text.end_lineno
+    return found
+
+
+def _values(kind):
+    """What an option of this type takes."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return _values(next(part for part in get_args(kind) if part is not type(None)))
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"{_values(get_args(kind)[0])} ..."
+    if get_origin(kind) is dict:
+        return "NAME NUMBER ..."
+    return {bool: YES_OR_NO, int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
+
+
+def help_lines(program, description, options):
+    """The whole help, as wide as the terminal, within reason."""
+    width, column = min(max(shutil.get_terminal_size().columns, 80), 110), 28
+    needed = [option for option in options if option.required or not option.flag.startswith("--")]
+    usage = [program, *map(_name, needed), "[--OPTION VALUE ...]"]
+    usage = " ".join(part.replace(" ", "\xa0") for part in usage)  # an option and what it takes stay together
+    yield from (
+        line.replace("\xa0", " ") for line in textwrap.wrap(f"usage: {usage}", width, subsequent_indent=" " * 7)
+    )
+    yield from ("", description)
+    group = None
+    for option in (*needed, *(option for option in options if option not in needed)):
+        now = "Needed" if option in needed else option.group
+        if now != group:
+            yield from ("", f"{now}:")
+        elif option.apart and option not in needed:
+            yield ""
+        group = now
+        default = f"{option.default:g}" if type(option.default) is float else option.default
+        text = option.help + (f" (default {default})" if default is not None else "")
+        name = f"  {_name(option)}"
+        if len(name) > column - 2:
+            yield name
+            name = ""
+        yield from textwrap.wrap(text, width, initial_indent=name.ljust(column), subsequent_indent=" " * column)
+
+
+def _name(option):
+    return f"{option.flag} {option.values}" if option.flag.startswith("--") else f"{option.flag} ..."

@@ -8,10 +8,10 @@ Conversations, preferences and prompts: JSON lines of these shapes become exampl
     {"messages": [... up to a user's turn]} or {"prompt": ...}                             prompts
 
 A prompt is a string (one user turn), messages, or a transcript "\\n\\nHuman: ...\\n\\nAssistant: ..."; a chosen or
-rejected answer is a string or messages whose last one counts. Other fields are left alone.
+rejected answer is a string, or messages whose last one, the assistant's, counts. Other fields are left alone.
 
-Rows that can not be used (too long, nothing to train, chosen equal to rejected) are left out and counted in an
-`Examples`, never cut: an answer without its end teaches a model not to stop.
+Rows that can not be used (too long, nothing to train, chosen equal to rejected, turns that the template has no place
+for) are left out and counted in an `Examples`, never cut: an answer without its end teaches a model not to stop.
 """
 
 import re
@@ -20,8 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..chat import check_messages, render
+from ..chat import TEMPLATES, check_messages, render
 from .readers import read_rows
+
+MISFIT = "that the template has no place for"
 
 
 class Conversation(NamedTuple):
@@ -58,9 +60,9 @@ class Examples(list):
         super().__init__()
         self.left_out, self.first = Counter(), {}
 
-    def leave_out(self, where, reason):
+    def leave_out(self, where, reason, detail=""):
         self.left_out[reason] += 1
-        self.first.setdefault(reason, where)
+        self.first.setdefault(reason, f"{where}: {detail}" if detail else where)
 
     def checked(self, what):
         """self. ValueError where nothing is left of `what` (a file's name, say)."""
@@ -126,15 +128,18 @@ def _parsed(path, bad, parse):
 
 def _messages(row, answered):
     """The messages of a row: with their last answer, or up to the user's last turn."""
-    messages = next((row[key] for key in ("messages", "prompt_messages", "prompt") if key in row), None)
-    if messages is None:
+    field = next((name for name in ("messages", "prompt_messages", "prompt") if name in row), None)
+    if field is None:
         raise ValueError("neither messages nor a prompt")
-    if isinstance(messages, str):
+    messages = row[field]
+    if field == "prompt" and isinstance(messages, str):
+        if not messages.strip():
+            raise ValueError("prompt is empty")
         messages = _transcript(messages)
-        if answered:
-            messages = [*messages, {"role": "assistant", "content": _answer(row, "response")}]
     check_messages(messages)
-    return messages if answered else question_of(messages)
+    if not answered:
+        return question_of(messages)
+    return messages if field == "messages" else [*messages, {"role": "assistant", "content": _answer(row, "response")}]
 
 
 def question_of(messages):
@@ -156,6 +161,8 @@ def _answer(row, field):
 
 def _text(answer, field):
     if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
+        if answer[-1].get("role", "assistant") != "assistant":
+            raise ValueError(f"{field} has to end with a turn of the assistant, not {answer[-1]['role']!r:.40}")
         answer = answer[-1].get("content")
     if not isinstance(answer, str) or not answer.strip():
         raise ValueError(f"{field} has to be a text, and is {answer!r:.40}")
@@ -164,10 +171,10 @@ def _text(answer, field):
 
 def _transcript(prompt):
     """The messages that a prompt string spells. A string that does not begin like a transcript is one user's turn."""
-    if not re.match(r"\\s*Human:", prompt):
+    if not re.match(r"\s*Human:", prompt):
         return [{"role": "user", "content": prompt}]
     messages = []
-    for speaker, text in re.findall(r"(Human|Assistant):[ ]?(.*?)(?=\\n\\n(?:Human|Assistant):|\\Z)", prompt, re.S):
+    for speaker, text in re.findall(r"(Human|Assistant):[ ]?(.*?)(?=\n\n(?:Human|Assistant):|\Z)", prompt, re.S):
         messages.append({"role": "user" if speaker == "Human" else "assistant", "content": text.strip()})
     if messages[-1] == {"role": "assistant", "content": ""}:  # it ends where the answer has to begin
         messages.pop()
@@ -181,14 +188,24 @@ def encode_conversations(conversations, template, tokenizer, length):
     """Examples of (ids, mask) pairs of at most length + 1 tokens, for `pack`: what a model is tuned on."""
     examples = Examples()
     for conversation in conversations:
-        ids, mask = render(conversation.messages, template, tokenizer)
+        try:
+            ids, mask = render(conversation.messages, template, tokenizer)
+        except ValueError as error:
+            examples.leave_out(conversation.where, MISFIT, error)
+            continue
         if len(ids) > length + 1:
             examples.leave_out(conversation.where, f"longer than {length + 1} tokens")
         elif not mask[1:].any():
-            examples.leave_out(conversation.where, "with no token to train")
+            examples.leave_out(conversation.where, "with no token to train", _why_untrained(template))
         else:
             examples.append((ids, mask))
     return examples
+
+
+def _why_untrained(template):
+    """What most checkpoints' own Jinja templates lack; "" where it is not that."""
+    marked = template in TEMPLATES or re.search(r"\{%-?\s*generation\b", template)
+    return "" if marked else "the Jinja template marks no answer with {% generation %}"
 
 
 def encode_answer(prompt, answer, template, tokenizer):
@@ -214,11 +231,15 @@ def encode_preferences(preferences, template, tokenizer, length):
         if len(set(preference.answers)) < len(preference.answers):
             examples.leave_out(preference.where, "whose chosen and rejected answers are the same")
             continue
-        answers = [encode_answer(preference.prompt, answer, template, tokenizer) for answer in preference.answers]
+        try:
+            answers = [encode_answer(preference.prompt, answer, template, tokenizer) for answer in preference.answers]
+        except ValueError as error:
+            examples.leave_out(preference.where, MISFIT, error)
+            continue
         if max(len(ids) for ids, _ in answers) > length + 1:
             examples.leave_out(preference.where, f"longer than {length + 1} tokens")
         elif not all(mask.any() for _, mask in answers):
-            examples.leave_out(preference.where, "with no token to train")
+            examples.leave_out(preference.where, "with no token to train", _why_untrained(template))
         else:
             examples.append(Ranking(answers, preference.margin, preference.preference))
     return examples
@@ -239,7 +260,11 @@ def encode_prompts(prompts, template, tokenizer, length):
     most `length` tokens."""
     examples = Examples()
     for prompt in prompts:
-        ids, _ = render(question_of(prompt.messages), template, tokenizer, add_generation_prompt=True)
+        try:
+            ids, _ = render(question_of(prompt.messages), template, tokenizer, add_generation_prompt=True)
+        except ValueError as error:
+            examples.leave_out(prompt.where, MISFIT, error)
+            continue
         if len(ids) > length:
             examples.leave_out(prompt.where, f"longer than {length} tokens")
         else:

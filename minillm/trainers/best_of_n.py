@@ -58,6 +58,8 @@ def best_of_n(config):
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
     model, reward_model = load_with_head(config.model, "lm"), load_with_head(config.reward, "scalar")
     context = min(model.config.max_position_embeddings, reward_model.config.max_position_embeddings)
+    if config.max_new_tokens >= context:
+        config.refuse("max_new_tokens", f"below the models' context of {context} tokens")
     prompts = read_files(config.prompts, read_prompts, Bad(config.skip_bad))
     examples = encode_prompts(prompts, template, tokenizer, context - config.max_new_tokens).checked("--prompts")
     score = model_rewards(reward_model, tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id)

@@ -12,7 +12,6 @@ import json
 import math
 import shutil
 import sys
-import textwrap
 import time
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -36,6 +35,8 @@ from ..optim import AdamW, clip_scale, cosine_schedule, linear_schedule
 from ..tokenizer import Tokenizer
 
 IGNORED = -100  # a target that is not in the loss
+WIDTH = 110  # of a line that is printed
+QUIET = 10.0  # seconds without a line, after which a run without a progress bar prints one
 
 
 class NotFinite(ValueError):
@@ -107,11 +108,11 @@ class Settings:
     def of_type(self, name, kind):
         """Whole numbers are int, other numbers are finite, and a choice is one of those there are."""
         value = getattr(self, name)
-        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        if kind is int and not (number and value == int(value)):
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if kind is int and not whole:
             self.refuse(name, "a whole number")
-        if kind is float and not (number and math.isfinite(value)):
-            self.refuse(name, "a number")
+        if kind is float and not (whole or (isinstance(value, float | np.floating) and math.isfinite(value))):
+            self.refuse(name, "a finite number")
         if get_origin(kind) is Literal and value not in get_args(kind):
             self.refuse(name, f"one of {', '.join(get_args(kind))}")
 
@@ -160,7 +161,9 @@ def load_tokenizer(folder):
     it has no end of text, or it has tokens that the model beside it does not know."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: {'is a file, and has to be' if folder.exists() else 'there is no such'} folder")
+        raise ValueError(
+            f"{folder} is a file, and has to be a folder" if folder.exists() else f"{folder}: no such folder"
+        )
     if not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder} has no tokenizer.json: it is neither a model's folder nor prepared data")
     try:
@@ -178,38 +181,54 @@ def same_tokenizer(folder, tokenizer, other):
     """ValueError where the tokenizer of `folder` gives ids another meaning than `tokenizer`, that of `other`. Equal
     sizes say little: a model would read another's ids without an error, as noise."""
     theirs = load_tokenizer(folder)
-    tables = [(t.special_tokens, [t._bytes.get(i) for i in range(t.vocab_size)]) for t in (theirs, tokenizer)]
-    if tables[0] != tables[1]:
-        raise ValueError(f"{folder} and {other} have different tokenizers: an id means one thing here, another there")
+    if (theirs.special_tokens, spellings(theirs)) != (tokenizer.special_tokens, spellings(tokenizer)):
+        raise ValueError(f"{folder} and {other} have different tokenizers: an id does not mean the same in both")
+
+
+def spellings(tokenizer):
+    """The bytes of each id, in a list; b"" for an id that a vocabulary with gaps does not have."""
+    found = []
+    for i in range(tokenizer.vocab_size):
+        try:
+            found.append(tokenizer.token_bytes(i))
+        except ValueError:
+            found.append(b"")
+    return found
 
 
 def template_of(folder, given=""):
-    """The chat template to use: the one that is given, else the folder's own (noted by a trainer in minillm.json, or
+    """The chat template to use: the one that is given, else the folder's own (which a trainer noted in minillm.json, or
     the checkpoint's), else chatml. ValueError: a name of no template and no file, a file that can not be read."""
     if given in TEMPLATES:
         return given
+    if given and not Path(given).exists():
+        near = get_close_matches(given, TEMPLATES, 1)
+        hint = f"; perhaps you meant {near[0]}" if near else ""
+        raise ValueError(f"--template {given!r} is none of {', '.join(TEMPLATES)}, and no file{hint}")
     if given:
-        if not Path(given).exists():
-            near = get_close_matches(given, TEMPLATES, 1)
-            hint = f"; perhaps you meant {near[0]}" if near else ""
-            raise ValueError(f"--template {given!r} is none of {', '.join(TEMPLATES)}, and no file{hint}")
-        return _read(lambda: load_template(given), given)
-    note = Path(folder) / "minillm.json"
-    if note.exists() and (noted := _read(lambda: json.loads(note.read_text(encoding="utf-8"))["template"], note)):
-        return noted
-    if (Path(folder) / "chat_template.jinja").exists():
-        return _read(lambda: load_template(folder), Path(folder) / "chat_template.jinja")
-    config = Path(folder) / "tokenizer_config.json"
-    found = _read(lambda: json.loads(config.read_text(encoding="utf-8")), config) if config.exists() else {}
-    return load_template(folder) if found.get("chat_template") else "chatml"
+        return _read_template(given)
+    noted = _read_object(Path(folder) / "minillm.json").get("template")
+    theirs = (Path(folder) / "chat_template.jinja").exists()
+    theirs = theirs or _read_object(Path(folder) / "tokenizer_config.json").get("chat_template")
+    return noted or (_read_template(folder) if theirs else "chatml")
 
 
-def _read(function, path):
-    """function(), its complaint about what stands in the file `path` in one line with the file's name."""
+def _read_template(path):
     try:
-        return function()
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} can not be read: {error}") from None
+        return load_template(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+
+
+def _read_object(path):
+    """The dict in a JSON file; {} where there is no file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} has to be a JSON object")
+    return found
 
 
 def save_model(folder, model, tokenizer, template=None):
@@ -386,7 +405,7 @@ def evaluate_tokens(model, batches, byte_lengths=None):
 def byte_lengths(tokenizer):
     """(V,) int: the bytes that each token stands for; control tokens stand for none."""
     control = set(tokenizer.special_tokens.values())
-    return np.array([0 if i in control else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    return np.array([0 if i in control else len(spelt) for i, spelt in enumerate(spellings(tokenizer))])
 
 
 # ------------------------------------------------------------------ a run
@@ -425,7 +444,7 @@ def write_json(path, value):
 
 
 class Run:
-    """The rhythm around a trainer's loop.
+    """The rhythm around a trainer's loop: what is logged, evaluated, shown and written down, and when.
 
         with Run(settings, steps) as run:
             for step in run.steps(evaluate, sample):
@@ -442,7 +461,7 @@ class Run:
         self.settings, self.total, self.step = settings, steps, 0
         self.sums, self.tokens, self.skipped, self.last = {}, 0, 0, {}
         self.file = self.board = self.bar = None
-        self.clock = self.clock_tokens = 0
+        self.clock = self.clock_tokens = self.told = 0
 
     def __enter__(self):
         self.file = open(self.settings.out / "metrics.jsonl", "a", encoding="utf-8")
@@ -459,7 +478,7 @@ class Run:
     def steps(self, evaluate=None, sample=None):
         """0, 1, ..., steps - 1; with what is due between them."""
         self._look(evaluate, sample)
-        self.clock, self.clock_tokens = time.perf_counter(), 0
+        self.clock = time.perf_counter()
         for step in range(self.total):
             self.step, done = step, step + 1
             yield step
@@ -467,8 +486,9 @@ class Run:
                 self._log()
             self.bar.update()
             if done % self.settings.eval_every == 0 or done == self.total:
+                begin = time.perf_counter()
                 self._look(evaluate, sample, done)
-                self.clock, self.clock_tokens = time.perf_counter(), 0
+                self.clock += time.perf_counter() - begin  # an evaluation is no part of the training speed
 
     @property
     def lr(self):
@@ -485,9 +505,10 @@ class Run:
         elif self.settings.on_nan == "skip":
             self.skipped += 1
         else:
+            told = "".join(f", {name} is {short_number(value)}" for name, value in metrics.items())
             raise NotFinite(
-                f"update {self.step + 1}: the gradient's norm is {norm}, and {metrics}; lower --lr (now {lr:.2e}), or "
-                f"go on without such updates with --on-nan skip"
+                f"update {self.step + 1}: the gradient's norm is {norm}{told}; take a smaller --lr (now {lr:.1e}), or "
+                f"leave such updates out with --on-nan skip"
             )
         optimizer.zero_grad()
         self.count(tokens)
@@ -509,21 +530,25 @@ class Run:
         elapsed = time.perf_counter() - self.clock
         row |= {"num_tokens": self.tokens, "skipped_updates": self.skipped}
         row["tokens_per_second"] = round(self.clock_tokens / elapsed) if elapsed > 0 else 0
+        self.clock, self.clock_tokens = time.perf_counter(), 0
         self.write(row, self.step + 1)
         shown = {"loss": f"{row['loss']:.4f}"} if "loss" in row else {}
         self.bar.set_postfix({**shown, "tok/s": f"{row['tokens_per_second']:,}"}, refresh=False)
-        self.last = row
+        self.last = {name: row[name] for name in ("loss", "learning_rate", "tokens_per_second") if name in row}
+        if self.bar.disable and self.step + 1 < self.total and time.perf_counter() - self.told > QUIET:
+            self._tell(self.step + 1, self.last)
+
+    def _tell(self, step, metrics):
+        total = f"{self.total:,}"
+        tqdm.write("\n".join(metric_lines(f"step {step:>{len(total)},}/{total}", metrics)), file=sys.stdout)
+        self.told = time.perf_counter()
 
     def _look(self, evaluate, sample, step=0):
         """Evaluate, write and print."""
         found = evaluate() if evaluate else {}
         if found:
             self.write(found, step)
-        numbers = {
-            name: self.last[name] for name in ("loss", "learning_rate", "tokens_per_second") if name in self.last
-        }
-        told = "  ".join(f"{name} {number:.4g}" for name, number in (numbers | found).items())
-        tqdm.write(f"step {step}/{self.total}  {told}", file=sys.stdout)
+        self._tell(step, self.last | found)
         pairs = sample() if sample and self.settings.samples else []
         if pairs:
             with open(self.settings.out / "samples.jsonl", "a", encoding="utf-8") as file:
@@ -552,10 +577,40 @@ def _number(value):
     return value if math.isfinite(value) else None
 
 
-def sample_table(pairs, width=110):
-    """(prompt, completion) pairs as lines of text."""
+def short_number(value):
+    """A number as a person wants to read it, in some eight signs: 12,345, 0.1234, 1.2e-05."""
+    value = _number(value)
+    if value is None or isinstance(value, int):
+        return "nan" if value is None else f"{value:,}"
+    size = abs(value)
+    if value and (size < 1e-2 or size >= 1e7):
+        return f"{value:.1e}"
+    return f"{value:.4f}" if size < 100 else f"{value:,.1f}"
+
+
+def metric_lines(begin, metrics, width=WIDTH):
+    """`begin` and all numbers with their names, in lines of at most `width` signs. Names keep their columns from one
+    evaluation to the next, because numbers are as wide as the widest."""
+    scientific = lambda name: name.endswith("learning_rate")
+    told = [f"{k} {f'{x:.1e}' if scientific(k) else short_number(x):>8}" for k, x in metrics.items()]
+    lines = [begin]
+    for part in told:
+        if len(lines[-1]) + 2 + len(part) > width:
+            lines.append(" " * len(begin))
+        lines[-1] += "  " + part
+    return lines
+
+
+def sample_table(pairs, width=WIDTH):
+    """(prompt, completion) pairs as lines of text, one each; a prompt shows its end, a completion its beginning."""
+    pairs = [[_printable(text) for text in pair] for pair in pairs]
+    left = min(40, max(len(prompt) for prompt, _ in pairs))
     for prompt, completion in pairs:
-        question, answer = (" ".join(text.split()) for text in (prompt, completion))
-        question = question if len(question) <= 40 else "…" + question[-39:]
-        room = width - 45
-        yield f"  {question:<40} | {answer if len(answer) <= room else answer[: room - 1] + '…'}"
+        prompt = prompt if len(prompt) <= left else "…" + prompt[len(prompt) - left + 1 :]
+        line = f"    {prompt:<{left}}{' ' * bool(left)}| {completion}"
+        yield line if len(line) <= width else line[: width - 1] + "…"
+
+
+def _printable(text):
+    """`text` in one line, without what could move a terminal's cursor: a young model writes any bytes."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))

@@ -4,8 +4,9 @@ h = beta [log pi(y_w|x) - log ref(y_w|x) - log pi(y_l|x) + log ref(y_l|x)]      
 
 Log-probabilities are sums over the answer's tokens and its end-of-turn token; the prompt is in none of them. The
 reference is the model that training starts from, and its log-probabilities are computed once, by the same code, before
-the first update: there h = 0 and L = ln 2. Left out: sampling. What the policy does on prompts that no pair covers, the
-loss does not see (Xu et al. 2024), so watch the samples and rewards/chosen, which may fall while the margin grows.
+the first update: there h = 0 and L = ln 2. Left out: a row's own margin and preference (the reward model uses them),
+and sampling. What the policy does on prompts that no pair covers, the loss does not see (Xu et al. 2024), so watch the
+samples and rewards/chosen, which may fall while the margin grows.
 """
 
 import math
@@ -33,6 +34,7 @@ from .common import (
     load_with_head,
     pad,
     read_files,
+    same_tokenizer,
     save_model,
     template_of,
     token_logprobs,
@@ -101,18 +103,18 @@ def pair_logprobs(model, examples, pad_id):
 
 def with_reference(reference, examples, pad_id, rows=16):
     """The examples, each with the reference's two log-probabilities, as `reference` (2,) float."""
-    place = {id(e): i for i, e in enumerate(examples)}
-    found = [None] * len(examples)
+    found = {}  # by the identity of an example, which may stand in the list more than once
     with no_grad():
         for part in by_length(examples, rows):
             chosen, rejected, _ = pair_logprobs(reference, part, pad_id)
             for e, w, l in zip(part, to_host(chosen.data), to_host(rejected.data), strict=True):
-                found[place[id(e)]] = e._replace(reference=(w, l))
-    return found
+                found[id(e)] = (w, l)
+    return [e._replace(reference=found[id(e)]) for e in examples]
 
 
 def loss_and_metrics(model, examples, config, pad_id, count):
-    """The loss of one part, divided by the `count` of pairs in the whole update, and sums of metrics over the part."""
+    """The loss of one part, divided by the `count` of pairs in the whole update, and sums of metrics over the part.
+    Where the loss takes means over tokens, so do the rewards; logps are always sums."""
     chosen, rejected, lengths = pair_logprobs(model, examples, pad_id)
     reference = np.array([e.reference for e in examples], chosen.dtype)
     loss = dpo_loss(
@@ -128,6 +130,8 @@ def loss_and_metrics(model, examples, config, pad_id, count):
         count=count,
     )
     won, lost = (to_host(r) for r in dpo_rewards(chosen, rejected, reference[:, 0], reference[:, 1], config.beta))
+    if config.normalize == "mean":
+        won, lost = won / lengths[0], lost / lengths[1]
     return loss, {
         "rewards/chosen": won.sum(),
         "rewards/rejected": lost.sum(),
@@ -136,6 +140,17 @@ def loss_and_metrics(model, examples, config, pad_id, count):
         "logps/chosen": to_host(chosen.data).sum(),
         "logps/rejected": to_host(rejected.data).sum(),
     }
+
+
+def backward(model, batch, config, pad_id):
+    """Backward of the loss on the pairs of `batch`, in parts; {metric: mean over the pairs}."""
+    sums = {}
+    for part in by_length(batch, config.micro_batch_size):
+        loss, metrics = loss_and_metrics(model, part, config, pad_id, len(batch))
+        loss.backward()
+        for name, value in {"loss": loss.item() * len(batch), **metrics}.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return {name: value / len(batch) for name, value in sums.items()}
 
 
 def measure(model, examples, config, pad_id, rows=16):
@@ -154,6 +169,8 @@ def train(config):
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
     model = load_with_head(config.model, "lm")
     reference = load_with_head(config.reference, "lm") if config.reference else model
+    if config.reference:
+        same_tokenizer(config.reference, tokenizer, config.model)
     context = model.config.max_position_embeddings
     length = min(config.length or context, context)
     preferences = read_files(config.data, read_preferences, Bad(config.skip_bad))
@@ -166,6 +183,8 @@ def train(config):
     if examples.left_out:
         print(f"left out: {examples.summary()}")
     print(f"{len(examples):,} preferences, {len(tests):,} held out")
+    if graded := sum(e.margin != 0 or e.preference != 1 for e in examples):
+        print(f"{graded:,} of them have a margin or a preference, which are not used: each counts as a plain win")
     train_pairs, tests = (with_reference(reference, pairs(some), pad_id) for some in (examples, tests))
     batches = Batches(Items(train_pairs), config.batch_size, config.seed)
     steps = math.ceil(config.epochs * len(train_pairs) / config.batch_size)
@@ -179,13 +198,8 @@ def train(config):
 
     with Run(config, steps) as run:
         for _ in run.steps(evaluate, sample):
-            batch, sums = next(batches), {}
-            for part in by_length(batch, config.micro_batch_size):
-                loss, metrics = loss_and_metrics(model, part, config, pad_id, len(batch))
-                loss.backward()
-                for name, value in {"loss": loss.item() * len(batch), **metrics}.items():
-                    sums[name] = sums.get(name, 0.0) + float(value)
-            metrics = {name: value / len(batch) for name, value in sums.items()}
+            batch = next(batches)
+            metrics = backward(model, batch, config, pad_id)
             run.update(optimizer, metrics, tokens=sum(len(ids) for e in batch for ids, _ in e.answers))
     save_model(config.out, model, tokenizer, template)
     return model, tokenizer

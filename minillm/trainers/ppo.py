@@ -55,6 +55,7 @@ from .common import (
     pad,
     parts,
     read_files,
+    same_tokenizer,
     save_model,
     scores,
     template_of,
@@ -97,11 +98,11 @@ class PPOConfig(Settings):
     horizon: int = 10_000
     """answers over which beta is steered"""
     max_step_kl: float = 0.1
-    """end a round's updates where the policy has moved by this KL per token from where it sampled"""
+    """end a round's updates of the policy where it has moved by this KL per token from where it sampled"""
     clip: float = 0.2
     """how far a probability ratio may leave 1"""
     clip_value: float = 0.2
-    """how far a value may move in a round"""
+    """how far a value may move in a round, in the reward's standard deviations; in the warm-up, as far as it likes"""
     gamma: float = 1.0
     """discount: an answer is short, and only its end is scored"""
     lam: float = 0.95
@@ -115,7 +116,8 @@ class PPOConfig(Settings):
     reward_clip: float = 10.0
     """scores are held within this many standard deviations"""
     reference_samples: int = 128
-    """answers of the reference over which the score gets mean 0 and standard deviation 1; 0: raw scores"""
+    """answers of the reference over which the score gets mean 0 and standard deviation 1; 0: raw scores, and then
+    beta, reward_clip and clip_value are in the reward model's own units"""
     value_lr: float = 1e-3
     """the value model's learning rate; it has to follow the policy, so it is faster"""
     value_warmup: int = 4
@@ -152,6 +154,9 @@ class PPOConfig(Settings):
         for name in ("gamma", "lam"):
             self.between(name, 0, 1)
         self.between("held_out", 0, 1, open_end=True)
+        rounds = math.ceil(self.episodes / self.batch_size)
+        if self.value_warmup >= rounds:
+            self.refuse("value_warmup", f"less than the {rounds} rounds of --episodes, or no policy is trained")
         if self.target_kl and 0.2 * self.batch_size >= self.horizon:
             self.refuse("horizon", "more than a fifth of --batch-size")
         if not self.prompts:
@@ -168,7 +173,7 @@ class Experience(NamedTuple):
     logp: np.ndarray  # log pi of the policy that sampled
     reference_logp: np.ndarray
     kl: np.ndarray  # their difference
-    reward: np.ndarray  # score - beta kl
+    reward: np.ndarray  # score - beta kl (whitened with whiten_rewards)
     value: np.ndarray
     advantage: np.ndarray  # before whitening
     white: np.ndarray  # after it
@@ -181,7 +186,8 @@ class Experience(NamedTuple):
 
 
 class Scorer(NamedTuple):
-    """Turns answers into numbers: gain (r - mean), clipped, less the penalty where an answer did not end."""
+    """Turns answers into numbers: gain (r - mean), clipped, less the penalty where an answer did not end (subtracted as
+    in TRL; Stiennon et al. 2020's code puts a fixed score in its place)."""
 
     function: object  # function(sequences) -> (B,) array of raw rewards
     mean: float = 0.0
@@ -205,11 +211,14 @@ def model_rewards(model, pad_id, rows=64):
     return score
 
 
-def normalised(scorer, sequences, ended):
+def normalised(scorer, sequences):
     """The scorer with mean and gain such that these answers, the reference's, get mean 0 and standard deviation 1
-    (Ziegler et al. 2019, section 2.1): beta then weighs the same whatever scale the reward model came out with."""
+    (Ziegler et al. 2019, section 2.1): beta then weighs the same whatever scale the reward model came out with. The
+    penalty for a missing end is not part of it. Where all of them score the same there is only rounding to blow up,
+    and the gain stays 1."""
     raw = scorer.function(sequences)
-    return scorer._replace(mean=float(raw.mean()), gain=1.0 / max(float(raw.std()), 1e-6))
+    mean, spread = float(raw.mean()), float(raw.std())
+    return scorer._replace(mean=mean, gain=1.0 / spread if spread > 1e-6 * max(1.0, abs(mean)) else 1.0)
 
 
 # ------------------------------------------------------------------ rollout
@@ -250,10 +259,10 @@ def frozen_values(value_model, batch, rows=64):
 
 def experience(policy, reference, value_model, batch, score, config, beta):
     """Everything a round's updates need, from sampled rows and the score (B,) of each."""
-    rows = config.micro_batch_size or 64
+    rows = config.micro_batch_size or config.minibatch_size  # as many at once as in the updates: the ratio begins at 1
     logp = frozen_logprobs(policy, batch, config.temperature, rows)
     reference_logp = frozen_logprobs(reference, batch, config.temperature, rows)
-    value = frozen_values(value_model, batch, rows) * batch.mask
+    value = np.where(batch.mask, frozen_values(value_model, batch, rows), 0)
     reward, kl = kl_rewards(score, logp, reference_logp, batch.mask, beta)
     if config.whiten_rewards:
         reward = whiten(reward, batch.mask, shift_mean=False)
@@ -299,12 +308,12 @@ def policy_backward(policy, e, config):
     return sums | {"ratio_max": largest}
 
 
-def value_backward(value_model, e, config):
+def value_backward(value_model, e, config, clip):
     """Backward of the value model's loss on the rows of `e`, in parts; its statistics."""
     count, sums = e.mask.sum(), {}
     for part in parts(e, config.micro_batch_size):
         values = values_of(value_model, part.batch)
-        loss, found = ppo_value_loss(values, part.value, part.returns, part.mask, config.clip_value, count)
+        loss, found = ppo_value_loss(values, part.value, part.returns, part.mask, clip, count)
         loss.backward()
         found |= {"loss": loss.item()}
         sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
@@ -312,23 +321,28 @@ def value_backward(value_model, e, config):
 
 
 def update(policy, value_model, e, optimizers, config, run, rng, train_policy=True):
-    """A round's updates. Stops early where the policy has moved too far; then the rest of the round is left out."""
+    """A round's updates. Where the policy has moved too far, it takes no further step in this round, and the gradient
+    that told so is thrown away; the value model goes on, its targets are as good as before (as in Spinning Up).
+
+    train_policy=False is the warm-up: only the value model learns, and without a clip, which would hold it near the
+    scale that the reward model came with, where the scores have been normalised."""
     policy_optimizer, value_optimizer = optimizers
     value_lr = config.value_lr * run.lr / config.lr
+    clip_value, stopped = config.clip_value if train_policy else math.inf, False
     for rows in minibatches(len(e.tokens), config.minibatch_size, config.ppo_epochs, rng):
         part = Experience(*(array[rows] for array in e))
         if not part.mask.any():
             continue  # nothing was sampled in these rows, so there is nothing to learn from
-        found = value_backward(value_model, part, config)
+        found = value_backward(value_model, part, config, clip_value)
         metrics = {"loss/value_avg": found["loss"], "val/clipfrac_avg": found["clipfrac"]}
         run.update(value_optimizer, metrics, lr=value_lr, prefix="value/")
-        if not train_policy:
+        if stopped or not train_policy:
             continue
         found = policy_backward(policy, part, config)
         if found["approx_kl_k3"] > config.max_step_kl:
             policy_optimizer.zero_grad()
-            run.add({"policy/stopped_early": 1.0})
-            break
+            stopped = True
+            continue
         metrics = {
             "loss/policy_avg": found["loss"],
             "policy/approxkl_avg": found["approx_kl_k2"],
@@ -340,6 +354,8 @@ def update(policy, value_model, e, optimizers, config, run, rng, train_policy=Tr
             "val/ratio_max": found["ratio_max"],
         }
         run.update(policy_optimizer, metrics)
+    if train_policy:
+        run.add({"policy/stopped_early": stopped})
 
 
 # ------------------------------------------------------------------ what is logged
@@ -368,8 +384,8 @@ def round_metrics(e, ended, beta):
 
 
 def flight_rows(e, new_logp, tokenizer, step, beta, config):
-    """One dict for each token of a round, from which all others can be recomputed: `new_logp` (B, T) is the policy's
-    after the round's updates, and tells ratio and clipped."""
+    """One dict for each token of a round. From token log-probabilities, scores and values everything else can be
+    recomputed; `new_logp` (B, T) is the policy's after the round's updates, and tells ratio and clipped."""
     delta = e.reward + config.gamma * _next(e.value, e.mask) - e.value
     ratio = np.exp(new_logp - e.logp)
     clipped = ((e.white > 0) & (ratio > 1 + config.clip)) | ((e.white < 0) & (ratio < 1 - config.clip))
@@ -384,6 +400,7 @@ def flight_rows(e, new_logp, tokenizer, step, beta, config):
             "text": tokenizer.decode([token]),
             "beta": beta,
             **{name: float(getattr(e, name)[row, t]) for name in names},
+            "new_logp": float(new_logp[row, t]),
             "delta": float(delta[row, t]),
             "ratio": float(ratio[row, t]),
             "clipped": bool(clipped[row, t]),
@@ -404,11 +421,14 @@ def train(config):
     policy = load_with_head(config.model, "lm")
     reference = with_head(policy, "lm")
     reward_model = load_with_head(config.reward, "scalar")
+    same_tokenizer(config.reward, tokenizer, config.model)
     if reward_model.config.vocab_size != policy.config.vocab_size:
         sizes = reward_model.config.vocab_size, policy.config.vocab_size
-        raise ValueError(f"{config.reward} has {sizes[0]} tokens, and {config.model} has {sizes[1]}: two tokenizers")
+        raise ValueError(f"{config.reward} has {sizes[0]} tokens, and {config.model} has {sizes[1]}")
     value_model = with_head(reward_model if config.value_init == "reward" else policy, "scalar", config.seed)
     context = min(policy.config.max_position_embeddings, reward_model.config.max_position_embeddings)
+    if config.max_new_tokens >= context:
+        config.refuse("max_new_tokens", f"below the models' context of {context}")
     prompts = read_files(config.prompts, read_prompts, Bad(config.skip_bad))
     kept, held = hold_out(prompts, config.held_out, config.seed, key=lambda p: str(question_of(p.messages)))
     examples = encode_prompts(kept, template, tokenizer, context - config.max_new_tokens).checked("--prompts")
@@ -423,11 +443,10 @@ def train(config):
     batches = Batches(Items(examples), config.batch_size, config.seed)
     scorer = Scorer(model_rewards(reward_model, pad_id), 0.0, 1.0, config.reward_clip, config.missing_eos_penalty)
     if config.reference_samples:
-        some = [
-            ids for ids, _ in (examples * -(-config.reference_samples // len(examples)))[: config.reference_samples]
-        ]
-        _, sequences, ended = rollout(reference, some, config, stop, pad_id, (config.seed, 0))
-        scorer = normalised(scorer, sequences, ended)
+        order = np.random.default_rng((config.seed, 4)).permutation(len(examples))
+        some = [examples[i][0] for i in np.resize(order, config.reference_samples)]  # again and again if they are few
+        _, sequences, _ = rollout(reference, some, config, stop, pad_id, (config.seed, 0))
+        scorer = normalised(scorer, sequences)
     controller = AdaptiveKL(config.beta, config.target_kl or None, config.horizon)
     optimizers = config.optimizer(policy.parameters), config.optimizer(value_model.parameters)
     steps = math.ceil(config.episodes / config.batch_size)
@@ -463,11 +482,12 @@ def train(config):
             batch, sequences, ended = rollout(policy, asked, config, stop, pad_id, (config.seed, 2, step))
             beta = controller.coefficient
             e = experience(policy, reference, value_model, batch, scorer(sequences, ended), config, beta)
-            rng = np.random.default_rng((config.seed, 3, step))
-            update(policy, value_model, e, optimizers, config, run, rng, train_policy=step >= config.value_warmup)
+            rng, train_policy = np.random.default_rng((config.seed, 3, step)), step >= config.value_warmup
+            update(policy, value_model, e, optimizers, config, run, rng, train_policy)
             run.add({**round_metrics(e, ended, beta), "episode": (step + 1) * config.batch_size})
             run.count(batch.mask.sum())
-            controller.update(float(e.kl.sum(1).mean()), config.batch_size)
+            if train_policy:  # before that the KL is 0, and says nothing about beta
+                controller.update(float(e.kl.sum(1).mean()), config.batch_size)
             if config.flight_record and step % config.flight_record == 0:
                 new_logp = frozen_logprobs(policy, batch, config.temperature)
                 with open(config.out / "flight.jsonl", "a", encoding="utf-8") as file:

@@ -5,11 +5,17 @@ N is the number of targets of the whole update. A token sees its own document al
 target, for nothing announces it. Left out: nothing is repeated on purpose and nothing is masked.
 """
 
+import dataclasses
+import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from ..data.datasets import Batches, Mixture, Windows, load_tokens
+import numpy as np
+
+from ..data.datasets import MANIFEST, Batches, Mixture, Windows, load_tokens
 from ..generate import generate
 from ..model import Config, build
 from .common import (
@@ -20,10 +26,14 @@ from .common import (
     evaluate_tokens,
     load_tokenizer,
     load_with_head,
-    next_token_loss,
+    next_token_backward,
     parts,
+    same_tokenizer,
     save_model,
 )
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+         "context")  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -48,10 +58,10 @@ class PretrainConfig(Settings):
     """the longest text of a new model, in tokens; 0: four times the rows' length"""
     length: int = 128
     """tokens in a row"""
-    packing: str = "best_fit"
-    """best_fit keeps documents whole and pads; greedy cuts them and pads nothing"""
+    packing: Literal["best_fit", "greedy"] = "best_fit"
+    """best_fit keeps documents whole and pads rows; greedy cuts documents and pads nothing"""
     tokens: int = 4_500_000
-    """how many tokens to train on, rows' padding not counted as saved"""
+    """how much to train on: the number of updates is this by batch_size times length, padding included"""
     weights: dict[str, float] | None = None
     """share of each source: NAME NUMBER ...; none: the manifest's, else in proportion to its tokens"""
 
@@ -60,49 +70,69 @@ class PretrainConfig(Settings):
     weight_decay: float = 0.1
     """pulls matrices toward zero; the usual value of pretraining"""
     eval_rows: int = 256
-    """rows of held-out text in an evaluation"""
+    """rows of held-out text in an evaluation, of each source"""
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "length", "tokens", "eval_rows"):
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "tokens", "eval_rows"):
             self.at_least(name, 1)
+        self.at_least("length", 2)
         for name in ("num_key_value_heads", "intermediate_size", "context"):
             self.at_least(name, 0)
         if self.context and self.context < self.length:
             self.refuse("context", f"at least the rows' length {self.length}")
-        if self.packing not in ("best_fit", "greedy"):
-            self.refuse("packing", "best_fit or greedy")
+        if self.weights is not None and not (self.weights and all(w > 0 for w in self.weights.values())):
+            self.refuse("weights", "above 0")
+        new = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in SIZES if self.model else ():
+            if getattr(self, name) != new[name]:
+                self.refuse(name, "left out with --model, which brings its own sizes")
 
 
 def new_model(config, vocab_size):
-    """A model of the sizes in `config`, its weights drawn from the seed."""
-    sizes = Config(
-        vocab_size=vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size or None,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads or None,
-        max_position_embeddings=config.context or 4 * config.length,
-    )
+    """A model of the sizes in `config`, its weights drawn from the seed. ValueError: sizes that do not go together."""
+    try:
+        sizes = Config(
+            vocab_size=vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size or None,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads or None,
+            max_position_embeddings=config.context or 4 * config.length,
+        )
+    except ValueError as error:  # the Config's fields have the options' names
+        option = lambda match: f"--{match[1].replace('_', '-')}"
+        raise ValueError(re.sub(r"Config\.(\w+)", option, str(error))) from None
     return build(sizes, config.seed)
+
+
+def weights_of(config, windows):
+    """{source: its share of the rows}: those that are given, else the manifest's, else in proportion to tokens."""
+    noted = json.loads((config.data / MANIFEST).read_text(encoding="utf-8")).get("weights") or {}
+    noted = {name: weight for name, weight in noted.items() if name in windows}  # all of a source may be held out
+    if config.weights and config.weights.keys() != windows.keys():
+        raise ValueError(f"--weights is for {', '.join(config.weights)}, and the sources are {', '.join(windows)}")
+    return config.weights or noted or {name: int(w.documents.offsets[-1]) for name, w in windows.items()}
 
 
 def train(config):
     """Train, and write the model folder; returns (model, tokenizer)."""
     tokenizer = load_tokenizer(config.data)
-    windows = {
-        name: Windows(file, config.length, config.packing) for name, file in load_tokens(config.data, "train").items()
-    }
-    weights = config.weights or {name: int(w.documents.offsets[-1]) for name, w in windows.items()}
-    batches = Batches(Mixture(windows, weights), config.batch_size, config.seed)
-    tests = [Windows(file, config.length) for file in load_tokens(config.data, "validation").values()]
-    held_out = [rows.rows(range(min(config.eval_rows, len(rows)))) for rows in tests]
+    if config.model:
+        same_tokenizer(config.model, tokenizer, config.data)
     model = load_with_head(config.model, "lm") if config.model else new_model(config, tokenizer.vocab_size)
-    if model.config.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"{config.model} has {model.config.vocab_size} tokens, and the data has {tokenizer.vocab_size}"
-        )
+    if config.length > model.config.max_position_embeddings:
+        config.refuse("length", f"at most the context of {config.model}, {model.config.max_position_embeddings}")
+    files = load_tokens(config.data, "train")
+    if not files:
+        raise ValueError(f"{config.data} has no text to train on: all of it is held out")
+    windows = {name: Windows(file, config.length, config.packing) for name, file in files.items()}
+    batches = Batches(Mixture(windows, weights_of(config, windows)), config.batch_size, config.seed)
+    tests = [Windows(file, config.length) for file in load_tokens(config.data, "validation").values()]
+    # Spread over all rows: the first ones hold the longest documents.
+    spread = [np.linspace(0, len(rows) - 1, min(config.eval_rows, len(rows))).astype(int) for rows in tests]
+    held_out = [rows.rows(some) for rows, some in zip(tests, spread, strict=True)]
     claim(config)
     optimizer = config.optimizer(model.parameters)
     steps = math.ceil(config.tokens / (config.batch_size * config.length))
@@ -121,11 +151,9 @@ def train(config):
     with Run(config, steps) as run:
         for _ in run.steps(evaluate, sample):
             batch = next(batches)
-            count, total = batch.mask.sum(), 0.0
-            for part in parts(batch, config.micro_batch_size):
-                loss = next_token_loss(model, part, count)
-                loss.backward()
-                total += loss.item()
-            run.update(optimizer, {"loss": total}, tokens=batch.x.size)
+            if not batch.mask.any():
+                continue  # nothing to learn from: an update would only apply the weight decay
+            loss = next_token_backward(model, batch, config.micro_batch_size)
+            run.update(optimizer, {"loss": loss}, tokens=batch.x.size)
     save_model(config.out, model, tokenizer)
     return model, tokenizer

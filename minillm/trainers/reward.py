@@ -4,7 +4,8 @@ Reward model: minimise  L = -(1 / N) sum over pairs of log sigmoid(r(x, y_w) - r
 r(x, y) is a linear head on the last hidden state of the answer's last token, its end-of-turn token, so that training
 and scoring read the same place. The trunk starts from the SFT weights (the head is new): a reward model that does not
 know the language learns lengths and keywords. Rows with more than two answers, {"prompt", "ranked": [best, ...]}, are
-ranked in one pass (all their pairs, or Plackett-Luce). Left out: an ensemble, and a KL term of any kind.
+ranked in one pass (all their pairs, or Plackett-Luce). Left out: an ensemble, a KL term of any kind, and margins, soft
+labels and centring for rows with more than two answers.
 """
 
 import math
@@ -77,12 +78,18 @@ class RewardConfig(Settings):
 
 
 def preference_loss(r, examples, config, count):
-    """The loss of the scores r (B, K) of one part, K answers each, best first; nan where an example has fewer."""
-    if r.shape[1] > 2:
-        there = np.arange(r.shape[1]) < np.array([len(e.answers) for e in examples])[:, None]
-        return ranking_loss(r, there, config.ranking, count)
-    margins, labels = (np.array([getattr(e, name) for e in examples]) for name in ("margin", "preference"))
-    return reward_loss(r[:, 0], r[:, 1], margins, config.centring, labels, count)
+    """The loss of the scores r (B, K) of one part, best answer first, divided by the `count` of examples in the whole
+    update. An example of two answers has the pairs' loss, whatever its neighbours have: the cut must not matter."""
+    sizes = np.array([len(e.answers) for e in examples])
+    two, more = np.flatnonzero(sizes == 2), np.flatnonzero(sizes > 2)
+    losses = []
+    if two.size:
+        margins, labels = (np.array([getattr(examples[i], name) for i in two]) for name in ("margin", "preference"))
+        losses.append(reward_loss(r[two, 0], r[two, 1], margins, config.centring, labels, count))
+    if more.size:
+        there = np.arange(r.shape[1]) < sizes[more, None]
+        losses.append(ranking_loss(r[more], there, config.ranking, count))
+    return sum(losses)
 
 
 def score_answers(model, examples, pad_id):
@@ -92,9 +99,25 @@ def score_answers(model, examples, pad_id):
     return scores(model, sequences, pad_id).reshape(len(examples), K)
 
 
+def backward(model, batch, config, pad_id):
+    """Backward of the loss on the rankings of `batch`, in parts; its metrics, those of scores over the best two answers
+    of each."""
+    total, found = 0.0, []
+    for part in by_length(batch, config.micro_batch_size):
+        r = score_answers(model, part, pad_id)
+        loss = preference_loss(r, part, config, len(batch))
+        loss.backward()
+        total += loss.item()
+        found.append(to_host(r.data)[:, :2])
+    r = np.concatenate(found)
+    margin = r[:, 0] - r[:, 1]
+    metrics = {"loss": total, "accuracy": accuracy(margin), "margin": margin.mean()}
+    return metrics | {"min_reward": r.min(), "mean_reward": r.mean(), "max_reward": r.max()}
+
+
 def measure(model, examples, pad_id, rows=16):
     """{"eval_accuracy", "eval_margin", "eval_loss"} over all pairs of the examples, ties counted half."""
-    won, margins = 0.0, []
+    margins = []
     with no_grad():
         for part in by_length(examples, rows):
             r = to_host(score_answers(model, part, pad_id).data).astype(np.float64)
@@ -102,12 +125,16 @@ def measure(model, examples, pad_id, rows=16):
                 K = len(e.answers)
                 margins += [row[i] - row[j] for i in range(K) for j in range(i + 1, K)]
     margins = np.array(margins)
-    won = (margins > 0).mean() + 0.5 * (margins == 0).mean()
     return {
-        "eval_accuracy": won,
+        "eval_accuracy": accuracy(margins),
         "eval_margin": margins.mean(),
         "eval_loss": np.logaddexp(0, -margins).mean(),
     }
+
+
+def accuracy(margins):
+    """The share of pairs whose better answer has the higher score, ties counted half."""
+    return (margins > 0).mean() + 0.5 * (margins == 0).mean()
 
 
 def train(config):
@@ -118,8 +145,9 @@ def train(config):
     length = min(config.length or context, context)
     preferences = read_files(config.data, read_preferences, Bad(config.skip_bad))
     kept, held = hold_out(preferences, config.held_out, config.seed, key=lambda p: str(p.prompt))
-    examples = encode_preferences(kept, template, tokenizer, length).checked("--data")
-    tests = encode_preferences(held, template, tokenizer, length)
+    # The answer's last token is read, too, where a language model only predicts it.
+    examples = encode_preferences(kept, template, tokenizer, length - 1).checked("--data")
+    tests = encode_preferences(held, template, tokenizer, length - 1)
     pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
     batches = Batches(Items(examples), config.batch_size, config.seed)
     steps = math.ceil(config.epochs * len(examples) / config.batch_size)
@@ -134,17 +162,8 @@ def train(config):
 
     with Run(config, steps) as run:
         for _ in run.steps(evaluate):
-            batch, total, all_scores = next(batches), 0.0, []
-            for part in by_length(batch, config.micro_batch_size):
-                r = score_answers(model, part, pad_id)
-                loss = preference_loss(r, part, config, len(batch))
-                loss.backward()
-                total += loss.item()
-                all_scores.append(to_host(r.data)[:, :2])
-            r = np.concatenate(all_scores)
-            margin = r[:, 0] - r[:, 1]
-            metrics = {"loss": total, "accuracy": (margin > 0).mean(), "margin": margin.mean()}
-            metrics |= {"min_reward": r.min(), "mean_reward": r.mean(), "max_reward": r.max()}
+            batch = next(batches)
+            metrics = backward(model, batch, config, pad_id)
             run.update(optimizer, metrics, tokens=sum(len(ids) for e in batch for ids, _ in e.answers))
     save_model(config.out, model, tokenizer, template)
     return model, tokenizer

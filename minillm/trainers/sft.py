@@ -10,6 +10,7 @@ is not forgotten.
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..chat import stop_ids
 from ..data.conversations import encode_conversations, encode_prompts, read_conversations
@@ -24,9 +25,10 @@ from .common import (
     hold_out,
     load_tokenizer,
     load_with_head,
-    next_token_loss,
+    next_token_backward,
     parts,
     read_files,
+    same_tokenizer,
     save_model,
     template_of,
 )
@@ -44,14 +46,14 @@ class SFTConfig(Settings):
     """chatml, llama2, llama3, alpaca, or a Jinja file; none: the model folder's own, else chatml"""
     length: int = 0
     """tokens in a row; 0: the model's context. Longer conversations are left out and counted"""
-    packing: str = "best_fit"
+    packing: Literal["best_fit", "pad"] = "best_fit"
     """best_fit packs conversations into rows, blind to each other; pad gives each a row"""
     epochs: float = 3.0
     """passes over the conversations; InstructGPT took 16 and found most of it by the first few"""
     replay: Path | None = None
     """a folder of scripts/prepare.py whose text is mixed in, against forgetting"""
     replay_share: float = 0.25
-    """share of such rows"""
+    """share of the rows that are such text"""
     held_out: float = 0.05
     """share of the conversations kept for evaluation"""
     skip_bad: int = 0
@@ -72,8 +74,6 @@ class SFTConfig(Settings):
         self.between("replay_share", 0, 1, open_end=True)
         self.between("held_out", 0, 1, open_end=True)
         self.at_least("skip_bad", 0)
-        if self.packing not in ("best_fit", "pad"):
-            self.refuse("packing", "best_fit or pad")
         if not self.data:
             raise ValueError("--data needs at least one file")
 
@@ -82,6 +82,8 @@ def train(config):
     """Train, and write the model folder; returns (model, tokenizer)."""
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
     model = load_with_head(config.model, "lm")
+    if config.replay:
+        same_tokenizer(config.replay, tokenizer, config.model)
     length = min(config.length or model.config.max_position_embeddings, model.config.max_position_embeddings)
     conversations = read_files(config.data, read_conversations, Bad(config.skip_bad))
     kept, held = hold_out(conversations, config.held_out, config.seed)
@@ -93,7 +95,7 @@ def train(config):
     steps = math.ceil(config.epochs * len(rows) / config.batch_size)
     mixture, weights = {"conversations": rows}, {"conversations": 1.0}
     if config.replay and config.replay_share:
-        # Whatever the sources of the replayed text, each row of it is one of (share) in all.
+        # Whatever the sources of the replayed text, together they are this share of all rows.
         files = {name: Windows(file, length) for name, file in load_tokens(config.replay, "train").items()}
         tokens = {name: int(file.documents.offsets[-1]) for name, file in files.items()}
         share = config.replay_share / (1 - config.replay_share)
@@ -105,6 +107,7 @@ def train(config):
     if examples.left_out:
         print(f"left out: {examples.summary()}")
     print(f"{len(examples):,} conversations in {len(rows):,} rows of {length}, {len(tests):,} held out")
+    print(f"{steps:,} updates of {config.batch_size} rows")
     optimizer = config.optimizer(model.parameters)
 
     def evaluate():
@@ -116,11 +119,9 @@ def train(config):
     with Run(config, steps) as run:
         for _ in run.steps(evaluate, sample):
             batch = next(batches)
-            count, total = batch.mask.sum(), 0.0
-            for part in parts(batch, config.micro_batch_size):
-                loss = next_token_loss(model, part, count)
-                loss.backward()
-                total += loss.item()
-            run.update(optimizer, {"loss": total, "trained_tokens": count}, tokens=batch.x.size)
+            if not batch.mask.any():
+                continue  # nothing to learn from: an update would only apply the weight decay
+            loss = next_token_backward(model, batch, config.micro_batch_size)
+            run.update(optimizer, {"loss": loss, "trained_tokens": batch.mask.sum()}, tokens=batch.x.size)
     save_model(config.out, model, tokenizer, template)
     return model, tokenizer
