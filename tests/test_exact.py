@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 from collections import Counter, defaultdict
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +14,7 @@ from minillm.autograd import Tensor, no_grad
 from minillm.data.conversations import Preference, Ranking, encode_preferences, pairs
 from minillm.generate import generate
 from minillm.hub import load_pretrained
-from minillm.losses import kl_estimate
+from minillm.losses import kl_estimate, last_token
 from minillm.model import Config, Llama
 from minillm.tokenizer import SMALLEST_VOCABULARY, SPECIAL_TOKENS, Tokenizer
 from minillm.trainers import dpo, ppo, reward
@@ -111,11 +110,6 @@ def settings(cls, folder, **options):
     return cls(out=folder, model=folder, **(files | quiet | options))
 
 
-def run_of(config, steps=10):
-    """A Run that stands at its first step."""
-    return Run(config, steps)
-
-
 def ranking(prompt, *answers, **fields):
     """A Ranking of answers to a prompt, as ids."""
     rows = [np.array([*prompt, *answer]) for answer in answers]
@@ -160,10 +154,11 @@ def test_ppo_with_a_table_finds_the_optimum(seed, tmp_path):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_ppo_with_a_transformer_finds_the_optimum(seed, tmp_path):
-    options = {"batch_size": 64, "episodes": 64 * 200, "ppo_epochs": 2, **EXACT}
-    config = settings(ppo.PPOConfig, tmp_path, seed=seed, beta=1.0, lr=7e-3, **options)
+    options = {"batch_size": 64, "episodes": 64 * 150, "ppo_epochs": 2, **EXACT}
+    config = settings(ppo.PPOConfig, tmp_path, seed=seed, beta=1.0, lr=0.01, **options)
+    policy = llama(seed, dtype=np.float64, initializer_range=0.2, num_attention_heads=4)
     scores = np.random.default_rng(seed).uniform(-1, 1, (len(PROMPTS), len(ANSWERS)))
-    before, after = ppo_distance(llama(seed, initializer_range=0.2), scores, config)
+    before, after = ppo_distance(policy, scores, config)
     assert before > 0.2
     assert after < 0.01, after
 
@@ -201,9 +196,6 @@ def test_dpo_on_all_pairs_finds_the_optimum(tmp_path):
     examples = dpo.with_reference(policy, bradley_terry_pairs(strength), pad_id=0, rows=10**9)
     best = optimum(policy, np.log(strength), config.beta)
     assert distance(answer_probabilities(policy), best) > 0.1
-    # The same pair stands in the list several times, at different places of the parts: weights, not copies, count.
-    unique = {id(e.answers): e for e in examples}
-    assert len(unique) == 2 * 9 * 8
     descend(policy, lambda: dpo.backward(policy, examples, config, 0), config, STEPS)
     assert distance(answer_probabilities(policy), best) < 1e-4
 
@@ -350,19 +342,46 @@ def test_the_reward_model_finds_the_scores_behind_rankings(kind, tmp_path):
     assert np.abs(r - r.mean() - (np.log([1, 2, 3]) - np.log([1, 2, 3]).mean())).max() < 1e-4
 
 
-def test_margins_labels_and_centring_reach_the_loss_of_pairs(tmp_path):
-    config = settings(reward.RewardConfig, tmp_path, centring=0.3)
+@pytest.mark.parametrize("kind", ["pairs", "plackett_luce", "best_of_k"])
+def test_the_reward_models_loss_and_metrics_are_their_formulas(kind, tmp_path):
+    """Margins, soft labels and centring for pairs; the ranking loss for others, of three answers and of four."""
+    config = settings(reward.RewardConfig, tmp_path, centring=0.3, ranking=kind)
     examples = [
-        ranking(PROMPTS[0], ANSWERS[0], ANSWERS[1], margin=0.5, preference=0.8),
-        ranking(PROMPTS[1], ANSWERS[2], ANSWERS[3], ANSWERS[4]),
-        ranking(PROMPTS[1], ANSWERS[5], ANSWERS[6]),
+        ranking(PROMPTS[0], *ANSWERS[:2], margin=0.5, preference=0.8),
+        ranking(PROMPTS[1], *ANSWERS[2:5]),
+        ranking(PROMPTS[1], *ANSWERS[5:7]),
+        ranking(PROMPTS[0], *ANSWERS[4:8]),
     ]
     model = tabular(0, outputs=1)
-    a, b, _, c, d, e, f, g, _ = reward.score_answers(model, [*examples], 0).data.ravel()
+    model.head.data[0, PREFIXES.index(PROMPTS[1] + ANSWERS[6])] = r = 0.25  # and so the third pair is a tie
+    model.head.data[0, PREFIXES.index(PROMPTS[1] + ANSWERS[5])] = r
+    rows = reward.score_answers(model, examples, 0).data
+    a, b = rows[0, :2]
     soft = np.logaddexp(0, b - a + 0.5) * 0.8 + np.logaddexp(0, a - b - 0.5) * 0.2 + 0.3 * (a + b) ** 2
-    ranked = np.logaddexp(0, [d - c, e - c, e - d]).mean()
-    plain = np.logaddexp(0, g - f) + 0.3 * (f + g) ** 2
-    assert reward.backward(model, examples, config, 0)["loss"] == pytest.approx((soft + ranked + plain) / 3, rel=1e-12)
+    tie = LN2 + 0.3 * (2 * r) ** 2
+    ranked = []
+    for row in (rows[1, :3], rows[3]):
+        terms = [np.logaddexp.reduce(row[i:]) - row[i] for i in range(len(row) - 1)]
+        every_pair = np.mean([np.logaddexp(0, row[j] - row[i]) for i, j in itertools.combinations(range(len(row)), 2)])
+        ranked.append({"pairs": every_pair, "plackett_luce": sum(terms), "best_of_k": terms[0]}[kind])
+    metrics = reward.backward(model, examples, config, 0)
+    assert metrics["loss"] == pytest.approx((soft + tie + sum(ranked)) / 4, rel=1e-12)
+    margins = rows[:, 0] - rows[:, 1]
+    assert metrics["accuracy"] == ((margins > 0).sum() + 0.5) / 4
+    assert metrics["margin"] == pytest.approx(margins.mean())
+    best = rows[:, :2]
+    for name, value in (("min", best.min()), ("mean", best.mean()), ("max", best.max())):
+        assert metrics[f"{name}_reward"] == pytest.approx(value)
+    every = [
+        row[i] - row[j]
+        for e, row in zip(examples, rows, strict=True)
+        for i, j in itertools.combinations(range(len(e.answers)), 2)
+    ]
+    found = reward.measure(model, examples, 0, rows=3)
+    assert len(every) == 1 + 3 + 1 + 6
+    assert found["eval_accuracy"] == pytest.approx((np.greater(every, 0).sum() + 0.5) / 11)
+    assert found["eval_margin"] == pytest.approx(np.mean(every))
+    assert found["eval_loss"] == pytest.approx(np.logaddexp(0, np.negative(every)).mean())
 
 
 def test_scores_are_read_at_each_sequences_own_last_token():
@@ -566,9 +585,9 @@ def same(a, b):
 
 
 def ragged_rankings(rng, vocab_size=7):
-    """Pairs and rankings of three answers, with margins and soft labels."""
+    """Pairs, and rankings of three and four answers, with margins and soft labels."""
     found = []
-    for k in (2, 3, 2, 2, 3, 2, 3):
+    for k in (2, 3, 2, 2, 4, 2, 3):
         prompt, *answers = (rng.integers(0, vocab_size, n) for n in rng.integers(1, 6, 1 + k))
         found.append(ranking(prompt, *answers, margin=rng.random(), preference=rng.random()))
     return found
@@ -595,14 +614,9 @@ def test_what_pads_a_row_does_not_matter_to_reward_model_and_dpo(tmp_path):
 def test_junk_in_masked_places_does_not_matter_to_ppo(tmp_path):
     policy, value_model, e, ended, config = experienced(tmp_path, np.float32, moved=0.1, entropy_coefficient=0.1)
     rng = np.random.default_rng(0)
-    tokens = e.tokens.copy()
-    padding = e.start == np.arange(e.start.shape[1])
-    padding[:, 0] = False
-    ids = rng.integers(0, 7, tokens.shape)
-    tokens[:, :-1][padding] = ids[:, :-1][padding]
-    without_end = ~np.concatenate([padding[:, 1:], np.zeros_like(padding[:, :1])], 1)  # the last column
-    last_is_padding = without_end[:, -1] & ~e.mask[:, -1]
-    tokens[last_is_padding, -1] = ids[last_is_padding, -1]
+    last = last_token(e.mask) + 1  # in tokens, which begin one earlier
+    behind = np.arange(e.tokens.shape[1]) > last[:, None]
+    tokens = np.where(behind, rng.integers(0, 7, e.tokens.shape), e.tokens).astype(np.int32)
     assert (tokens != e.tokens).any()
 
     reference, scores = llama(3, 7), rng.standard_normal(len(tokens))
@@ -700,17 +714,27 @@ def test_minibatches_take_every_row_once_in_each_epoch():
     assert [len(rows) for rows in ppo.minibatches(10, 0, 2, rng)] == [10, 10]
 
 
-def test_a_policy_that_has_moved_too_far_waits_for_the_next_round(tmp_path):
+def test_a_policy_that_has_moved_too_far_waits_for_the_next_round(tmp_path, monkeypatch):
+    found, policy_backward = [], ppo.policy_backward
+    monkeypatch.setattr(ppo, "policy_backward", lambda *args: found.append(policy_backward(*args)) or found[-1])
     policy, value_model, e, _, config = experienced(tmp_path, ppo_epochs=5, max_step_kl=1e-9, lr=0.01)
     policy_optimizer, value_optimizer, run = updated(policy, value_model, e, config)
     assert policy_optimizer.steps == 1  # the first gradient is taken where the policy stands
+    assert len(found) == 2  # the second tells how far it has moved, and there is no third
     assert value_optimizer.steps == 5
     assert run.sums["policy/stopped_early"] == (1, 1)
     assert not policy.flat_grad.any()
+
+    found.clear()
     policy, value_model, e, _, config = experienced(tmp_path, ppo_epochs=5, max_step_kl=1e9, lr=0.01)
     policy_optimizer, _, run = updated(policy, value_model, e, config)
-    assert policy_optimizer.steps == 5
+    assert policy_optimizer.steps == len(found) == 5
     assert run.sums["policy/stopped_early"] == (0, 1)
+    names = {"loss/policy_avg": "loss", "policy/approxkl_avg": "approx_kl_k2", "policy/approxkl_k3": "approx_kl_k3"}
+    names |= {"policy/clipfrac_avg": "clipfrac", "policy/entropy_avg": "entropy", "val/ratio": "ratio"}
+    names |= {"val/ratio_var": "ratio_var", "val/ratio_max": "ratio_max"}
+    for logged, name in names.items():
+        assert run.sums[logged] == (pytest.approx(sum(f[name] for f in found)), 5)
 
 
 def test_the_warm_up_moves_values_alone_and_as_far_as_they_have_to(tmp_path):
@@ -735,7 +759,7 @@ def test_the_warm_up_moves_values_alone_and_as_far_as_they_have_to(tmp_path):
 
 
 def test_scores_are_normalised_clipped_and_punished():
-    raw = {1: 2.0, 2: 4.0, 3: 100.0}
+    raw = {1: 2.0, 2: 8.0, 3: 100.0}
     scorer = ppo.Scorer(lambda rows: np.array([raw[len(s)] for s in rows]), clip=10.0, missing_eos_penalty=0.5)
     scorer = ppo.normalised(scorer, [[0], [0, 0]] * 5)
     assert scorer([[0], [0, 0], [0] * 3, [0]], np.array([True, True, True, False])).tolist() == [-1, 1, 10, -1.5]
@@ -749,11 +773,12 @@ def test_scores_are_normalised_clipped_and_punished():
 
 
 def talkative(model, ids):
-    """The model, made to say only these ids, and some of them rather than others."""
-    head = model.parameters["lm_head.weight"].data
-    rows = head[ids] * 20
-    head[...] = 0
-    head[ids] = rows
+    """The model, made to say only these ids: their logits differ by what it has read, the others' are far below."""
+    embedding, head = (model.parameters[name].data for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    embedding[:, 0] = 0.5  # the same for every token, so that the head's first column is a bias
+    head *= 5
+    head[:, 0] = -4
+    head[ids, 0] = 0
     return model
 
 
@@ -787,7 +812,7 @@ def read_rows(path):
 
 def ppo_settings(folders, out, **options):
     few = {"episodes": 36, "batch_size": 9, "ppo_epochs": 3, "minibatch_size": 4, "max_new_tokens": 6, "eval_every": 2}
-    few |= {"value_warmup": 2, "reference_samples": 16, "lr": 0.02, "warmup": 0.0, "max_step_kl": 1e9, "beta": 0.3}
+    few |= {"value_warmup": 2, "reference_samples": 16, "lr": 0.01, "warmup": 0.0, "max_step_kl": 1e9, "beta": 0.3}
     paths = {"model": folders / "sft", "reward": folders / "reward", "prompts": (folders / "prompts.jsonl",)}
     return ppo.PPOConfig(out=out, **(paths | few | {"samples": 1} | options))
 
@@ -912,7 +937,7 @@ def test_metrics_follow_from_the_flight_record(ppo_run):
         assert row["value/learning_rate"] == pytest.approx(1e-3 * (1 - 0.9 * step / 3))
         assert ("learning_rate" in row) == ("loss/policy_avg" in row) == (step >= 2)
         if step >= 2:
-            assert row["learning_rate"] == pytest.approx(0.02 * (1 - 0.9 * step / 3))
+            assert row["learning_rate"] == pytest.approx(0.01 * (1 - 0.9 * step / 3))
     assert [row["step"] for row in read_rows(out / "metrics.jsonl") if "eval_kl" in row] == [0, 2, 4]
 
 
@@ -990,8 +1015,12 @@ def test_what_can_not_be_trained_is_said_in_one_line(folders, tmp_path, tokenize
 def test_one_prompt_is_enough(folders, tmp_path, capsys):
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a"}, {"prompt": "b" * 60}])
     options = {"reference_samples": 3, "episodes": 8, "batch_size": 4, "value_warmup": 1, "held_out": 0.1}
+    options |= {"flight_record": 1}
     ppo.train(ppo_settings(folders, tmp_path / "out", prompts=(tmp_path / "prompts.jsonl",), **options))
     told = capsys.readouterr().out
     assert "left out: 1 longer than 42 tokens" in told
     assert "1 prompts, 0 held out" in told
-    assert Path(tmp_path / "out" / "model.safetensors").exists()
+    # the same policy and the same prompt in both rounds, and other random numbers
+    flight = read_rows(tmp_path / "out" / "flight.jsonl")
+    first, second = ([row["token"] for row in flight if row["round"] == step] for step in (0, 1))
+    assert first != second

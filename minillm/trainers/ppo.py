@@ -386,7 +386,7 @@ def round_metrics(e, ended, beta):
 def flight_rows(e, new_logp, tokenizer, step, beta, config):
     """One dict for each token of a round. From token log-probabilities, scores and values everything else can be
     recomputed; `new_logp` (B, T) is the policy's after the round's updates, and tells ratio and clipped."""
-    delta = e.reward + config.gamma * _next(e.value, e.mask) - e.value
+    delta = e.reward + config.gamma * _next(e.value) - e.value
     ratio = np.exp(new_logp - e.logp)
     clipped = ((e.white > 0) & (ratio > 1 + config.clip)) | ((e.white < 0) & (ratio < 1 - config.clip))
     for row, t in zip(*np.nonzero(e.mask), strict=True):
@@ -407,9 +407,9 @@ def flight_rows(e, new_logp, tokenizer, step, beta, config):
         }
 
 
-def _next(values, mask):
-    """V of the next valid token of each row, 0 behind the last: answers are one stretch, so it is the neighbour."""
-    return np.concatenate([values[:, 1:] * mask[:, 1:], np.zeros_like(values[:, :1])], 1)
+def _next(values):
+    """V of the next token of each row: answers are one stretch, and values are 0 behind it, where the episode ends."""
+    return np.concatenate([values[:, 1:], np.zeros_like(values[:, :1])], 1)
 
 
 # ------------------------------------------------------------------ the loop
