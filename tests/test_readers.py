@@ -163,7 +163,7 @@ BAD_LINES = {
     "half a character": (b'{"text": "\xf0\x9f\x99"}', "invalid UTF-8: byte 0xF0 at position 10"),
     "an encoded surrogate": (b'{"text": "\xed\xa0\x80"}', "invalid UTF-8: byte 0xED at position 10"),
     "deep nesting": (b'{"text": ' + b"[" * 200_000, "not usable JSON: it is nested too deeply"),
-    "an endless integer": (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+    "an endless integer": (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "a whole number of 5,000 digits is too large"),
 }
 
 

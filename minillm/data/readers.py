@@ -189,7 +189,7 @@ def read_rows(path, *, bad=None, on_bytes=lambda count: None, max_line=MAX_LINE)
 def parse_row(line):
     """The object that one line of JSON spells; ValueError with the reason, in columns of the line, where it is none."""
     try:
-        row = json.loads(line, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+        row = _DECODER.decode(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg.lower().removesuffix(' at')} at column {error.colno}") from None
     except RecursionError:
@@ -213,10 +213,21 @@ def _refuse_constant(name):
     raise ValueError(f"{name} is not JSON")
 
 
+def _whole(digits):
+    if len(digits) > 400:  # beyond float64, and Python takes time that grows with the square
+        raise ValueError(f"a whole number of {len(digits):,} digits is too large")
+    return int(digits)
+
+
 def _finite(digits):
     if not math.isfinite(number := float(digits)):
         raise ValueError(f"the number {digits[:20]} is too large")
     return number
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole
+)
 
 
 def _refuse_surrogates(value):
