@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
 from minillm.data import atlas
+from scripts import command_line
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6}
 
@@ -80,15 +81,5 @@ def run(options):
     )
 
 
-def main():
-    options = parse(None)
-    try:
-        run(options)
-    except (OSError, ValueError) as error:
-        sys.exit(f"atlas.py: {error}")
-    except BrokenPipeError:
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    command_line.run(run, parse(None))

@@ -116,9 +116,12 @@ def _say(message, code):
 
 
 def run(main, options):
-    """main(options), with an error of one line for what the user can mend, and a quiet end on Ctrl-C."""
+    """main(options), with an error of one line for what the user can mend; quiet on Ctrl-C and on a closed pipe."""
     try:
         main(options)
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:  # its own text begins with a number and ends with the file
         sys.exit(_say(f"{error.filename}: {error.strerror}" if error.filename is not None else error, 1))
     except MemoryError as error:

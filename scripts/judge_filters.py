@@ -19,6 +19,7 @@ from minillm.data.clean import clean
 from minillm.data.filters import PRESETS, Page, broken, judge
 from minillm.data.language import agree, identify
 from minillm.data.readers import read_rows
+from scripts import command_line
 
 SHORT = 50  # words: a clean page below is counted apart
 
@@ -127,17 +128,11 @@ def judge_languages(path):
     print(f"  {others} texts in languages that it does not know; {sure} of them are called another with 0.65 or more")
 
 
-def main():
-    options = parse(None)
-    try:
-        judge_rules(options)
-        if options.langid:
-            judge_languages(options.langid)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        sys.exit(f"judge_filters.py: {error}")
-    except (KeyboardInterrupt, BrokenPipeError):
-        sys.exit(130)
+def main(options):
+    judge_rules(options)
+    if options.langid:
+        judge_languages(options.langid)
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, parse(None))

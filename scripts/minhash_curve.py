@@ -18,6 +18,7 @@ import numpy as np
 
 from minillm.data.dedup import BANDS, ROWS, SHINGLE, NearIndex, collision_probability, minhash, signature
 from minillm.extras import extra
+from scripts import command_line
 
 BANDINGS = [(14, 8), (BANDS, ROWS)]
 
@@ -124,15 +125,5 @@ def run(options):
         plot(options.plot, table, options.threshold)
 
 
-def main():
-    options = parse(None)
-    try:
-        run(options)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        sys.exit(f"minhash_curve.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    main()
+    command_line.run(run, parse(None))

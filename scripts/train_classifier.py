@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 
 from minillm.data.classifier import Classifier
 from minillm.data.readers import read
+from scripts import command_line
 
 
 def parse(arguments):
@@ -91,16 +92,5 @@ def run(options):
     print(f"wrote {options.out}")
 
 
-def main():
-    options = parse(None)
-    try:
-        run(options)
-    except (OSError, ValueError) as error:
-        sys.exit(f"train_classifier.py: {error}")
-    except KeyboardInterrupt:
-        print()
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    main()
+    command_line.run(run, parse(None))

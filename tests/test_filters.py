@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import runpy
 import sys
 import zlib
 from functools import partial
@@ -286,12 +287,9 @@ def test_every_language_passes_and_programs_have_their_own_preset():
 # ------------------------------------------------------------------ the script
 
 
-def run_script(monkeypatch, capsys, *arguments):
+def run_script(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["judge_filters.py", *map(str, arguments)])
-    space = {"__name__": "judge_filters", "__file__": str(SCRIPT)}
-    exec(compile(SCRIPT.read_text(encoding="utf-8"), str(SCRIPT), "exec"), space)
-    space["main"]()
-    return capsys.readouterr().out
+    runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 def test_the_script_prints_both_halves(tmp_path, monkeypatch, capsys):
@@ -303,7 +301,8 @@ def test_the_script_prints_both_halves(tmp_path, monkeypatch, capsys):
     languages.write_text(
         json.dumps({"text": PROSE, "iso6393": "eng"}) + "\n" + json.dumps({"text": PROSE, "iso6393": "deu"})
     )
-    out = run_script(monkeypatch, capsys, labelled, "--langid", languages)
+    run_script(monkeypatch, labelled, "--langid", languages)
+    out = capsys.readouterr().out
     assert max(map(len, out.split("\n"))) <= 120
     half_a = sum(zlib.crc32(f"g{i}".encode()) % 2 == 0 for i in range(6))
     assert 0 < half_a < 6
@@ -326,8 +325,8 @@ def test_the_script_prints_both_halves(tmp_path, monkeypatch, capsys):
 def test_the_scripts_errors_are_one_line(tmp_path, monkeypatch, capsys, line, message):
     path = tmp_path / "labelled.jsonl"
     path.write_text(line)
-    with pytest.raises(SystemExit, match=message) as error:
-        run_script(monkeypatch, capsys, path)
-    assert "\n" not in str(error.value)
-    with pytest.raises(SystemExit, match=r"judge_filters\.py: .*No such file"):
-        run_script(monkeypatch, capsys, tmp_path / "nothing.jsonl")
+    for file, wanted in ((path, message), (tmp_path / "nothing.jsonl", "nothing.jsonl: No such file")):
+        with pytest.raises(SystemExit) as ended:
+            run_script(monkeypatch, file)
+        (told,) = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 1 and told.startswith("judge_filters.py: ") and re.search(wanted, told)
