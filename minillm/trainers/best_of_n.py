@@ -17,35 +17,29 @@ from ..chat import stop_ids
 from ..data.conversations import encode_prompts, question_of, read_prompts
 from ..data.readers import Bad
 from ..generate import generate
-from .common import Settings, claim, load_tokenizer, load_with_head, read_files, template_of
+from .common import ChatSettings, claim, load_tokenizer, load_with_head, read_files, template_of
 from .ppo import model_rewards
 
 
 @dataclass(kw_only=True)
-class BestOfNConfig(Settings):
+class BestOfNConfig(ChatSettings):
     """Best of n against a reward model. It samples and trains nothing: of the shared settings, only out, overwrite,
     seed and batch_size (prompts at once) are used."""
 
-    model: Path
-    """the model folder to sample from: the SFT model"""
     reward: Path
     """the reward model's folder"""
     prompts: tuple[Path, ...]
     """prompts: JSON lines of {"messages": [...]} or {"prompt": ...}"""
     n: int = 8
     """answers to each prompt"""
-    template: str = ""
-    """chat template; none: the model folder's own, else chatml"""
     max_new_tokens: int = 48
     """the longest answer"""
     temperature: float = 1.0
     """of sampling"""
-    skip_bad: int = 0
-    """how many malformed lines may be skipped"""
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (("n", 1), ("max_new_tokens", 1), ("skip_bad", 0)):
+        for name, least in (("n", 1), ("max_new_tokens", 1)):
             self.at_least(name, least)
         self.above("temperature", 0)
         if not self.prompts:

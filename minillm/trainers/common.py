@@ -142,6 +142,44 @@ class Settings:
         return schedule(step, steps, self.lr, warmup, self.lr_floor)
 
 
+@dataclass(kw_only=True)
+class ChatSettings(Settings):
+    """Conversations. What all trainers on them can be told."""
+
+    model: Path
+    """the model folder to start from: pretrained for SFT, the SFT model for all that follows"""
+    template: str = ""
+    """chatml, llama2, llama3, alpaca, or a Jinja file; none: the model folder's own, else chatml"""
+    skip_bad: int = 0
+    """how many malformed lines may be skipped"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least("skip_bad", 0)
+
+
+@dataclass(kw_only=True)
+class TuningSettings(ChatSettings):
+    """Examples. What trainers on files of answers can be told: SFT, reward model, DPO."""
+
+    data: tuple[Path, ...]
+    """JSON lines: {"messages": [...]} for SFT; {"prompt", "chosen", "rejected"} or {"prompt", "ranked": [best, ...]}"""
+    length: int = 0
+    """tokens of the longest example; 0: the model's context. Longer ones are left out and counted"""
+    epochs: float = 1.0
+    """passes over the examples"""
+    held_out: float = 0.1
+    """share of the prompts kept for evaluation; all rows of a prompt stay on one side"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least("length", 0)
+        self.above("epochs", 0)
+        self.between("held_out", 0, 1, open_end=True)
+        if not self.data:
+            raise ValueError("--data needs at least one file")
+
+
 def plain(value):
     """`value` for JSON: paths as strings, tuples as lists."""
     if dataclasses.is_dataclass(value):

@@ -25,7 +25,7 @@ from ..kernels.device import to_host
 from ..losses import dpo_loss, dpo_rewards, sequence_logprobs
 from .common import (
     Run,
-    Settings,
+    TuningSettings,
     by_length,
     claim,
     complete,
@@ -42,19 +42,11 @@ from .common import (
 
 
 @dataclass(kw_only=True)
-class DPOConfig(Settings):
+class DPOConfig(TuningSettings):
     """Direct preference optimization."""
 
-    model: Path
-    """the model folder to start from: the SFT model"""
     reference: Path | None = None
     """the reference model; none: the one training starts from"""
-    data: tuple[Path, ...]
-    """preferences: JSON lines of {"prompt", "chosen", "rejected"}"""
-    template: str = ""
-    """chat template; none: the model folder's own, else chatml"""
-    length: int = 0
-    """tokens of the longest prompt and answer; 0: the model's context. Longer ones are left out and counted"""
     epochs: float = 1.0
     """passes over the preferences: more drive the loss to 0 and the text to repetition"""
     beta: float = 0.1
@@ -65,10 +57,6 @@ class DPOConfig(Settings):
     """the share of labels that are wrong, for sigmoid (cDPO) and robust"""
     normalize: Literal["sum", "mean"] = "sum"
     """log-probabilities as sums, as in the papers, or per-token means (IPO in TRL); they need very different betas"""
-    held_out: float = 0.1
-    """share of the prompts kept for evaluation; all pairs of a prompt stay on one side"""
-    skip_bad: int = 0
-    """how many malformed lines may be skipped"""
     max_new_tokens: int = 64
     """length of the completions that are shown"""
 
@@ -79,17 +67,11 @@ class DPOConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("length", "skip_bad"):
-            self.at_least(name, 0)
-        for name in ("epochs", "beta"):
-            self.above(name, 0)
+        self.above("beta", 0)
         self.at_least("max_new_tokens", 1)
         self.between("label_smoothing", 0, 0.5, open_end=True)
-        self.between("held_out", 0, 1, open_end=True)
         if self.label_smoothing and self.kind not in ("sigmoid", "robust"):
             self.refuse("label_smoothing", f"0 for --kind {self.kind}")
-        if not self.data:
-            raise ValueError("--data needs at least one file")
 
 
 def pair_logprobs(model, examples, pad_id):

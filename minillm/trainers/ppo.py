@@ -45,8 +45,8 @@ from ..losses import (
     whiten,
 )
 from .common import (
+    ChatSettings,
     Run,
-    Settings,
     claim,
     frozen_logprobs,
     hold_out,
@@ -65,17 +65,13 @@ from .common import (
 
 
 @dataclass(kw_only=True)
-class PPOConfig(Settings):
+class PPOConfig(ChatSettings):
     """PPO against a reward model."""
 
-    model: Path
-    """the model folder to start from, which is also the reference: the SFT model"""
     reward: Path
     """the reward model's folder"""
     prompts: tuple[Path, ...]
     """prompts: JSON lines of {"messages": [...]} or {"prompt": ...}"""
-    template: str = ""
-    """chat template; none: the model folder's own, else chatml"""
     value_init: Literal["reward", "model"] = "reward"
     """what the value model starts from: the reward model already knows what a good beginning is (InstructGPT)"""
     episodes: int = 10_000
@@ -126,8 +122,6 @@ class PPOConfig(Settings):
     """share of the prompts kept for evaluation"""
     eval_prompts: int = 64
     """how many of them are answered in an evaluation"""
-    skip_bad: int = 0
-    """how many malformed lines may be skipped"""
     flight_record: int = 0
     """write every token of every so-manieth round to flight.jsonl, to be recomputed by hand; 0: none"""
 
@@ -146,7 +140,7 @@ class PPOConfig(Settings):
         super().__post_init__()
         for name in ("episodes", "ppo_epochs", "max_new_tokens", "horizon", "eval_prompts"):
             self.at_least(name, 1)
-        zero = ("minibatch_size", "beta", "target_kl", "reference_samples", "value_warmup", "skip_bad", "flight_record")
+        zero = ("minibatch_size", "beta", "target_kl", "reference_samples", "value_warmup", "flight_record")
         for name in (*zero, "entropy_coefficient", "missing_eos_penalty"):
             self.at_least(name, 0)
         for name in ("temperature", "max_step_kl", "clip", "clip_value", "reward_clip", "value_lr"):

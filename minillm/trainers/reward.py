@@ -10,7 +10,6 @@ labels and centring for rows with more than two answers.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -23,7 +22,7 @@ from ..kernels.device import to_host
 from ..losses import ranking_loss, reward_loss
 from .common import (
     Run,
-    Settings,
+    TuningSettings,
     by_length,
     claim,
     hold_out,
@@ -37,27 +36,15 @@ from .common import (
 
 
 @dataclass(kw_only=True)
-class RewardConfig(Settings):
+class RewardConfig(TuningSettings):
     """Reward model."""
 
-    model: Path
-    """the model folder to start from: the SFT model"""
-    data: tuple[Path, ...]
-    """preferences: JSON lines of {"prompt", "chosen", "rejected"} or {"prompt", "ranked": [best, ...]}"""
-    template: str = ""
-    """chat template; none: the model folder's own, else chatml"""
-    length: int = 0
-    """tokens of the longest prompt and answer; 0: the model's context. Longer ones are left out and counted"""
     epochs: float = 1.0
     """passes over the preferences: after one, reward models of all sizes begin to learn rows by heart"""
     centring: float = 0.01
     """pulls r_w + r_l towards 0, where differences alone would leave it to drift (Eisenstein et al. 2023)"""
     ranking: Literal["pairs", "plackett_luce", "best_of_k"] = "pairs"
     """what is asked of rows with more than two answers"""
-    held_out: float = 0.1
-    """share of the prompts kept for evaluation; all pairs of a prompt stay on one side"""
-    skip_bad: int = 0
-    """how many malformed lines may be skipped"""
 
     lr: float = 5e-4
     """the peak learning rate"""
@@ -68,13 +55,7 @@ class RewardConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least("length", 0)
         self.at_least("centring", 0)
-        self.at_least("skip_bad", 0)
-        self.above("epochs", 0)
-        self.between("held_out", 0, 1, open_end=True)
-        if not self.data:
-            raise ValueError("--data needs at least one file")
 
 
 def preference_loss(r, examples, config, count):

@@ -18,7 +18,7 @@ from ..data.datasets import Batches, Mixture, Windows, load_tokens
 from ..data.readers import Bad
 from .common import (
     Run,
-    Settings,
+    TuningSettings,
     claim,
     complete,
     evaluate_tokens,
@@ -35,17 +35,9 @@ from .common import (
 
 
 @dataclass(kw_only=True)
-class SFTConfig(Settings):
+class SFTConfig(TuningSettings):
     """Supervised fine-tuning."""
 
-    model: Path
-    """the model folder to start from"""
-    data: tuple[Path, ...]
-    """conversations: JSON lines of {"messages": [...]}"""
-    template: str = ""
-    """chatml, llama2, llama3, alpaca, or a Jinja file; none: the model folder's own, else chatml"""
-    length: int = 0
-    """tokens in a row; 0: the model's context. Longer conversations are left out and counted"""
     packing: Literal["best_fit", "pad"] = "best_fit"
     """best_fit packs conversations into rows, blind to each other; pad gives each a row"""
     epochs: float = 3.0
@@ -56,8 +48,6 @@ class SFTConfig(Settings):
     """share of the rows that are such text"""
     held_out: float = 0.05
     """share of the conversations kept for evaluation"""
-    skip_bad: int = 0
-    """how many malformed lines may be skipped"""
     max_new_tokens: int = 64
     """length of the completions that are shown"""
 
@@ -68,14 +58,8 @@ class SFTConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least("length", 0)
         self.at_least("max_new_tokens", 1)
-        self.above("epochs", 0)
         self.between("replay_share", 0, 1, open_end=True)
-        self.between("held_out", 0, 1, open_end=True)
-        self.at_least("skip_bad", 0)
-        if not self.data:
-            raise ValueError("--data needs at least one file")
 
 
 def train(config):
