@@ -802,7 +802,7 @@ dodecagon|twelve
 HOWTO = """
 task|way|key
 lock a door|turn the key in the lock until it clicks|key
-open your own front door|use your own key|key
+open the front door|use the right key|key
 read a letter from a friend|open the envelope and unfold the paper|envelope
 make a paper boat|fold a sheet of paper|fold
 boil an egg|put it into boiling water for some minutes|water
@@ -817,15 +817,15 @@ keep milk fresh|store it in a refrigerator|refrigerator
 sharpen a pencil|turn it in a sharpener|sharpener
 thank a neighbor|bring a small gift|gift
 find north|look at a compass|compass
-wash your hands|use warm water and soap|soap
+wash dirty hands|use warm water and soap|soap
 make a sandwich|put some cheese between two slices of bread|bread
 catch a ball|hold out both hands|hands
 paint a wall|use a roller and a bucket of paint|roller
 cross a street safely|look both ways before you walk|ways
 keep warm in winter|put on a thick coat|coat
-send a message to your sister|write it on your phone|phone
-copy your own house key|visit a locksmith|locksmith
-get into your house without a key|call a locksmith|locksmith
+send a message to a friend|write it on the phone|phone
+copy the house key|visit a locksmith|locksmith
+replace a lost key|call a locksmith|locksmith
 make a birthday cake|bake flour, eggs and sugar|bake
 stop a nosebleed|lean forward and pinch the nose|pinch
 cut an apple|use a small knife on a board|board
@@ -836,7 +836,7 @@ feed a bird|scatter some grain on the ground|grain
 dry wet shoes|fill them with old newspaper|newspaper
 change a light bulb|switch off the power and unscrew the old one|unscrew
 hang a picture|hammer a nail into the wall|nail
-peel an orange|start at the top with your thumb|thumb
+peel an orange|start at the top with the thumb|thumb
 learn a poem|repeat one line after another|repeat
 take a good photograph|hold the camera still|camera
 remove an ink stain|rub it gently with lemon juice|lemon
