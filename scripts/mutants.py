@@ -1,13 +1,15 @@
 """
-Plant one fault at a time in a copy of the engine, and see whether the tests notice: what a green suite is worth.
+Plant one fault at a time in a copy of the engine, the objectives, the optimizer, the trainers and the data pipeline,
+and see whether the tests notice: what a green suite is worth.
 
     python scripts/mutants.py
     python scripts/mutants.py --only attention --jobs 1
+    python scripts/mutants.py --only losses optim trainers/ data/
     python scripts/mutants.py --list
 
-A mutant is killed when a test fails on it (or crashes, or hangs: "timeout"). It has SURVIVED when the whole of TESTS
-passes, and then a test is missing. Exit status: 0 if all were killed, 1 if one survived, 2 if nothing can be said: a
-wrong option, a mutant whose text is gone from its file, tests that fail without any fault.
+A mutant is killed when a test of its own area fails on it (or crashes, or hangs: "timeout"); see TESTS. It has SURVIVED
+when all of them pass, and then a test is missing. Exit status: 0 if all were killed, 1 if one survived, 2 if nothing
+can be said: a wrong option, a mutant whose text is gone from its file, tests that fail without any fault.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 
 # The engine's tests, the quick ones first.
-TESTS = [
+ENGINE = [
     "tests/test_autograd.py",
     "tests/test_functional.py",
     "tests/test_cross_entropy.py",
@@ -36,6 +38,26 @@ TESTS = [
     "tests/test_gradients.py",
     "tests/test_kernels.py",
 ]
+
+# The tests of the other areas. What a file's own tests do not notice is not made good by a trainer that learns less.
+TRAINERS = ["tests/test_exact.py", "tests/test_trainers.py"]
+AREAS = {
+    "minillm/losses.py": ["tests/test_losses.py"],
+    "minillm/optim.py": ["tests/test_optim.py"],
+    "minillm/trainers/common.py": TRAINERS,
+    "minillm/trainers/pretrain.py": TRAINERS,
+    "minillm/trainers/sft.py": TRAINERS,
+    "minillm/trainers/reward.py": TRAINERS,
+    "minillm/trainers/dpo.py": TRAINERS,
+    "minillm/trainers/ppo.py": TRAINERS,
+    "minillm/data/pack.py": ["tests/test_pack.py"],
+    "minillm/data/datasets.py": ["tests/test_datasets.py"],
+    "minillm/data/readers.py": ["tests/test_readers.py"],
+    "minillm/data/clean.py": ["tests/test_clean.py"],
+    "minillm/data/filters.py": ["tests/test_filters.py"],
+    "minillm/data/dedup.py": ["tests/test_dedup.py"],
+    "minillm/data/conversations.py": ["tests/test_conversations.py"],
+}
 
 # file: (text that occurs in it once, what a tired author might have written, the fault). A fault begins with a word
 # that pytest -k understands: the tests with that word in their names run first, because they are likely to notice.
@@ -210,6 +232,215 @@ FAULTS = {
     "kernels/device.py": [
         ("ids.max() >= n", "ids.max() > n", "check_ids: the id that is one too large passes"),
     ],
+    "minillm/losses.py": [
+        ("ag.log_sigmoid(d) * -p", "ag.log_sigmoid(d) * p", "reward_loss: the worse answer is to win"),
+        ("h = (u_w - u_l) * beta - margin", "h = u_w - u_l - margin", "dpo: beta is forgotten"),
+        ("(margin + 0.5) / beta", "(margin + 0.5) * beta", "ipo: the target is beta / 2, not 1 / (2 beta)"),
+        ("xp.arange(K)[:, None] < xp.arange(K)", "xp.arange(K)[:, None] <= xp.arange(K)", "rankings: i = j is a pair"),
+        ("if count is None:", "if True:", "count: a mean of means, over each batch's own tokens"),
+        ("mean = masked_mean(x, valid)\n", "mean = x.mean()\n", "whiten: the mean is over padding, too"),
+        ("d = wide - _array(", "d = -wide + _array(", "estimators: KL(ref || pi)"),
+        ("-beta * kl + xp_of(kl)", "beta * kl + xp_of(kl)", "reward: the KL is praised, not punished"),
+        (
+            "xp.where(valid, xp.arange(valid.shape[1]), -1).max(1)",
+            "valid.sum(1) - 1",
+            "last: the score lands as far from the row's begin as the response is long",
+        ),
+        (
+            "for t in reversed(range(valid.shape[1])):",
+            "for t in reversed(range(valid.shape[1] - 1)):",
+            "gae: off by one",
+        ),
+        ("delta + gamma * lam * next_advantage", "delta + lam * next_advantage", "gae: advantages decay without gamma"),
+        ("xp.where(valid[:, t], values[:, t], next_value)", "values[:, t]", "gae: the next value is read in padding"),
+        ("losses = ag.maximum(free, clipped)", "losses = ag.minimum(free, clipped)", "clip: the better of the two"),
+        (
+            "ag.clip(values, low=old_values - clip, high=old_values + clip)",
+            "ag.clip(values, low=returns - clip, high=returns + clip)",
+            "clip: values are held near their targets, not near where they were",
+        ),
+        (
+            "float(kl) / self.target - 1",
+            "1 - float(kl) / self.target",
+            "adaptive: beta falls where the KL is too large",
+        ),
+    ],
+    "minillm/optim.py": [
+        ("return parameter.ndim >= 2", "return parameter.ndim >= 1", "decay: pulls at norms and biases, too"),
+        ("max_norm / norm if max_norm", "norm / max_norm if max_norm", "clipping: upside down, long gradients grow"),
+        ("total += float(", "total = float(", "norm: of the last array alone"),
+        (
+            "done = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))",
+            "done = min(1.0, (step - warmup) / max(1, steps - warmup))",
+            "schedules: the last step is not at the floor",
+        ),
+    ],
+    "minillm/trainers/common.py": [
+        ("schedule(step, steps, self.lr, warmup,", "schedule(step, steps, self.lr, 0,", "rate: no warm-up"),
+        (
+            "trained[row, 1 : len(ids)] = ids, mask[1:]",
+            "trained[row, : len(ids) - 1] = ids, mask[1:]",
+            "padded: the mask is one place early",
+        ),
+        (
+            "loss = next_token_loss(model, part, count)",
+            "loss = next_token_loss(model, part, int(part.mask.sum()))",
+            "cut: each part is divided by its own count, a mean of means",
+        ),
+        (
+            "token_logprobs(model, part, temperature).data",
+            "token_logprobs(model, part).data",
+            "probabilities: the frozen ones are at temperature 1",
+        ),
+        (
+            "[np.arange(len(last)), last]",
+            "[np.arange(len(last)), -1]",
+            "scores: read at the end of the row, which may be padding",
+        ),
+        (
+            "p.data[...] = model.parameters[name].data",
+            "p.data = model.parameters[name].data",
+            "head: a copy shares the model's memory, and a reference moves with the policy",
+        ),
+        ("        optimizer.zero_grad()\n", "", "update: the gradient is not cleared"),
+    ],
+    "minillm/trainers/pretrain.py": [
+        (
+            "np.linspace(0, len(rows) - 1, min(config.eval_rows, len(rows))).astype(int)",
+            "np.arange(min(config.eval_rows, len(rows)))",
+            "evaluation: of the first rows, which hold the longest documents",
+        ),
+    ],
+    "minillm/trainers/sft.py": [
+        (
+            "share = config.replay_share / (1 - config.replay_share)",
+            "share = config.replay_share",
+            "replays: the share of the conversations, not of all rows",
+        ),
+    ],
+    "minillm/trainers/reward.py": [
+        (
+            "loss = preference_loss(r, part, config, len(batch))",
+            "loss = preference_loss(r, part, config, len(part))",
+            "micro: each part is divided by its own count",
+        ),
+    ],
+    "minillm/trainers/dpo.py": [
+        (
+            "for k in (0, 1) for e in examples",
+            "for e in examples for k in (0, 1)",
+            "dpos: chosen and rejected answers get mixed up",
+        ),
+        (
+            "loss_and_metrics(model, part, config, pad_id, len(batch))",
+            "loss_and_metrics(model, part, config, pad_id, len(part))",
+            "micro: each part is divided by its own count",
+        ),
+    ],
+    "minillm/trainers/ppo.py": [
+        ('reference = with_head(policy, "lm")', "reference = policy", "reference: is the policy, which moves"),
+        (
+            "return score - self.missing_eos_penalty * ~ended",
+            "return score",
+            "punished: an answer without an end is not",
+        ),
+        ("np.arange(len(s)) >= len(a.prompt)", "np.arange(len(s)) > len(a.prompt)", "lands: an answer's first token"),
+        (
+            "frozen_logprobs(policy, batch, config.temperature, rows)",
+            "frozen_logprobs(policy, batch, 1.0, rows)",
+            "ratio: the old log-probabilities are at temperature 1",
+        ),
+        (
+            "token_logprobs(policy, part.batch, config.temperature, entropy=True)",
+            "token_logprobs(policy, part.batch, entropy=True)",
+            "ratio: the new log-probabilities are at temperature 1",
+        ),
+        (
+            "ppo_policy_loss(logp, part.logp, part.white, part.mask, config.clip, count)",
+            "ppo_policy_loss(logp, part.logp, part.white, part.mask, config.clip)",
+            "micro: each part is divided by its own count",
+        ),
+        ("part.logp, part.white,", "part.logp, part.advantage,", "losses: the advantages are not whitened"),
+        (
+            "            policy_optimizer.zero_grad()\n",
+            "",
+            "far: the gradient that told to stop is in the next step",
+        ),
+        (
+            "config.clip_value if train_policy else math.inf",
+            "config.clip_value",
+            "warm_up: the clip holds the values where they are",
+        ),
+        (
+            "step)), step >= config.value_warmup",
+            "step)), True",
+            "beta: the warm-up is forgotten, the policy moves from the first round on",
+        ),
+    ],
+    "minillm/data/pack.py": [
+        ("trained[row, slot] = False", "pass", "target: the first token of a document is one"),
+        (
+            "np.repeat(slot, size)\n",
+            "np.repeat(slot - (slot > 0), size)\n",
+            "sees: one token of the row's other document",
+        ),
+        ("np.minimum(begin + T + 1,", "np.minimum(begin + T,", "target: the one at a cut is lost"),
+        (
+            "trained = np.zeros((len(rows), width), bool)",
+            "trained = np.ones((len(rows), width), bool)",
+            "target: padding",
+        ),
+        ("trained[:, 1:]", "trained[:, :-1]", "mask: about the token that is read, not its target"),
+    ],
+    "minillm/data/datasets.py": [
+        (
+            "{name: int(taken[name]) for name in self.taken}",
+            "{name: int(taken[name]) % len(self.mixture.windows[name]) for name in self.taken}",
+            "resumed: in the first epoch again",
+        ),
+        ("default_rng((self.seed, epoch, ", "default_rng((self.seed, ", "epoch: each has the first one's order"),
+        (
+            "(taken[name] + 1) * self.weights[best] < (taken[best] + 1) * weight",
+            "(weight - self.weights[best]) * n > (taken[name] - taken[best]) * self._total",
+            "source: the one with the largest deficit, which puts another a whole row off",
+        ),
+        (
+            "order = np.argsort(np.concatenate(list(places.values())))",
+            "order = np.concatenate(list(places.values()))",
+            "mixture: a batch's rows are not put back in order",
+        ),
+    ],
+    "minillm/data/readers.py": [
+        (
+            "yield number, line.decode()",
+            "yield from ((number, part) for part in line.decode().splitlines(keepends=True))",
+            "text: U+2028 ends a line",
+        ),
+        ("object_pairs_hook=_unique, ", "", "bad: a key that occurs twice passes"),
+        ("if self.count > self.limit:", "if self.count >= self.limit:", "more: one bad line fewer may be skipped"),
+    ],
+    "minillm/data/clean.py": [
+        ("number[-2::-2])", "number[::2])", "card: Luhn doubles from the left"),
+        ("turned = number[4:] + number[:4]", "turned = number", "iban: the country is not moved to the end"),
+        ('f"\\r\\n|[{_NEWLINES}]"', 'f"[{_NEWLINES}]"', "repair: CR LF becomes two line ends"),
+    ],
+    "minillm/data/filters.py": [
+        (
+            "is not None and count < at_least:",
+            "is not None and count <= at_least:",
+            "limit: the limit itself breaks it",
+        ),
+        ("if place >= free and gram in seen:", "if gram in seen:", "repetition: overlaps are counted twice"),
+    ],
+    "minillm/data/dedup.py": [
+        ("np.maximum((256 * share - 1) / 255, 0)", "share", "estimate: not corrected for bytes equal by chance"),
+        ("if s[best] >= self.threshold:", "if s[best] > self.threshold:", "near: the threshold itself is no duplicate"),
+        ("self.numbers.append(self.seen - 1)", "self.numbers.append(len(self.numbers))", "stream: numbered as kept"),
+    ],
+    "minillm/data/conversations.py": [
+        ("mask[: len(before)] = False", "pass", "prompt: the assistant's earlier turns are trained"),
+        ("end = trained[-1] + 1 if", "end = trained[-1] if", "prompt: an answer loses its end of turn"),
+    ],
 }
 
 
@@ -229,6 +460,7 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [Mutant(file, *row) for file, rows in FAULTS.items() for row in rows]
+TESTS = {file: AREAS.get(file, ENGINE) for file in FAULTS}  # the tests of which one has to notice, for each file
 
 
 class Outcome(NamedTuple):
@@ -258,6 +490,7 @@ async def run_tests(tree, tests, limit, *options):
         with contextlib.suppress(ProcessLookupError):  # after a timeout or Ctrl-C: pytest, and what the tests started
             os.killpg(process.pid, signal.SIGKILL)
         await process.communicate()
+    if process.returncode and "-k" not in options: open(f"/tmp/mutfail_{process.pid}.log","w").write(output)  # TEMP
     if process.returncode in (0, 5):  # 5: no test has such a name
         return Outcome("passed", "")
     if process.returncode < 0:
@@ -269,27 +502,43 @@ async def run_tests(tree, tests, limit, *options):
 
 
 async def check(source, folder, mutants, tests, jobs, report):
-    """Run `tests` on every mutant of the tree `source`, in `jobs` copies of it; report(mutant, outcome, seconds)."""
-    queue = iter(mutants)
+    """Run tests[file] on each mutant of the tree `source`, in `jobs` copies of it; report(mutant, outcome, seconds)."""
+    left = {}
+    for mutant in mutants:
+        left.setdefault(tuple(tests[mutant.file]), []).append(mutant)
+    begun = set()
+
+    def next_suite(warm):
+        """The tests that a worker goes on with, None for none. Those that no one has begun come before those in which
+        it would help another one, and so few mutants that their tests' first run is not worth it are left to that."""
+        for suites, least in ((warm, 0), (left.keys() - begun, 0), (left, 8)):
+            for suite in left:
+                if suite in suites and len(left[suite]) > least:
+                    return suite
+        return None
 
     async def worker(home):
-        tree, green = home / "tree", home / "green"
-        shutil.copytree(source, tree)
-        began = time.monotonic()
-        outcome = await run_tests(tree, tests, None)
-        if outcome.word != "passed":
-            raise ValueError(f"without any fault, {outcome.by} fails")
-        limit = 60 + 3 * (time.monotonic() - began)
-        tree.rename(green)
-        for mutant in queue:
-            began = time.monotonic()
-            # Always the same path, which Numba's cache has in its keys: so only what was mutated is compiled again.
+        # Always the same path, which Numba's cache has in its keys: so only what was mutated is compiled again.
+        tree, green, limits = home / "tree", home / "green", {}
+        shutil.copytree(source, green)
+        while suite := next_suite(limits):
+            if suite not in limits:
+                begun.add(suite)
+                began = time.monotonic()
+                green.rename(tree)
+                outcome = await run_tests(tree, suite, None)
+                if outcome.word != "passed":
+                    raise ValueError(f"without any fault, {outcome.by} fails")
+                tree.rename(green)
+                limits[suite] = 60 + 3 * (time.monotonic() - began)
+                continue  # meanwhile another worker may have done them all
+            mutant, began = left[suite].pop(0), time.monotonic()
             shutil.copytree(green, tree)
             file = tree / mutant.file
             file.write_text(mutant.applied(file.read_text(encoding="utf-8")), encoding="utf-8")
-            outcome = await run_tests(tree, tests, limit, "-k", mutant.fault.split(":")[0])
+            outcome = await run_tests(tree, suite, limits[suite], "-k", mutant.fault.split(":")[0])
             if outcome.word == "passed":
-                outcome = await run_tests(tree, tests, limit)
+                outcome = await run_tests(tree, suite, limits[suite])
             report(mutant, outcome, time.monotonic() - began)
             shutil.rmtree(tree)
 
@@ -314,7 +563,10 @@ def copy_checkout(root, to):
 
 
 def run(root, mutants, tests, jobs):
-    """Check all mutants, print a line for each as it is done and a table of them all; [(mutant, outcome), ...]."""
+    """Check all mutants by tests[file], print a line for each as it is done and a table of them all.
+
+    Returns [(mutant, outcome), ...].
+    """
     done = []
 
     def report(mutant, outcome, seconds):
@@ -333,24 +585,26 @@ def run(root, mutants, tests, jobs):
     print()
     for file in dict.fromkeys(mutant.file for mutant in mutants):
         killed = [outcome.word != "passed" for mutant, outcome in done if mutant.file == file]
-        print(f"{file:<28}{sum(killed):>3} of {len(killed)} killed")
+        print(f"{file:<31}{sum(killed):>3} of {len(killed)} killed")
     return done
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="See whether the tests notice one planted fault at a time.")
-    parser.add_argument("--only", metavar="TEXT", default="", help="only the mutants with TEXT in their file or fault")
+    parser.add_argument(
+        "--only", metavar="TEXT", nargs="+", default=[""], help="only the mutants with one TEXT in their file or fault"
+    )
     parser.add_argument("--jobs", metavar="N", type=int, default=min(4, os.cpu_count() or 1), help="mutants at a time")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
-    mutants = [m for m in MUTANTS if args.only.lower() in f"{m.file} {m.fault}".lower()]
+    mutants = [m for m in MUTANTS if any(text.lower() in f"{m.file} {m.fault}".lower() for text in args.only)]
     if not mutants:
-        parser.error(f"no mutant has {args.only!r} in its file or fault; --list prints them")
+        parser.error(f"no mutant has {' or '.join(map(repr, args.only))} in its file or fault; --list prints them")
     if args.list:
         for number, mutant in enumerate(mutants, 1):
-            print(f"{number:>3}  {mutant.file:<26}{mutant.fault}")
+            print(f"{number:>3}  {mutant.file:<31}{mutant.fault}")
         return 0
     began = time.monotonic()
     try:

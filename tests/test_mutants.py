@@ -15,11 +15,12 @@ spec.loader.exec_module(script)
 
 
 def test_there_are_many_and_each_is_another():
-    assert len({(m.file, m.old, m.new) for m in script.MUTANTS}) == len(script.MUTANTS) >= 30
-    assert all((ROOT / path).exists() for path in script.TESTS)
+    assert len({(m.file, m.old, m.new) for m in script.MUTANTS}) == len(script.MUTANTS) >= 90
+    assert script.TESTS.keys() == {m.file for m in script.MUTANTS} >= script.AREAS.keys()
+    assert all((ROOT / path).exists() for tests in script.TESTS.values() for path in tests)
 
 
-@pytest.mark.parametrize("mutant", script.MUTANTS, ids=lambda m: m.fault)
+@pytest.mark.parametrize("mutant", script.MUTANTS, ids=lambda m: f"{m.file}: {m.fault}")
 def test_the_table_fits_the_sources(mutant):
     """Whoever edits a line that a mutant lives in edits the mutant too."""
     text = (ROOT / mutant.file).read_text(encoding="utf-8")
@@ -49,6 +50,9 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+TESTS = {"engine.py": ["test_engine.py"]}
+
+
 def mutants(*rows):
     return [script.Mutant("engine.py", *row) for row in rows]
 
@@ -58,7 +62,7 @@ def test_what_no_test_notices_has_survived(project, capsys):
         ("2 * x", "3 * x", "twice: thrice"),
         ("x / 2", "x / 3", "half: a third"),
     )
-    done = script.run(project, rows, ["test_engine.py"], jobs=2)
+    done = script.run(project, rows, TESTS, jobs=2)
     assert {mutant.fault: outcome for mutant, outcome in done} == {
         "twice: thrice": ("killed", "test_engine.py::test_twice"),
         "half: a third": ("passed", ""),
@@ -70,6 +74,16 @@ def test_what_no_test_notices_has_survived(project, capsys):
     assert (project / "engine.py").read_text().count("2") == 2, "the checkout itself was mutated"
 
 
+def test_each_area_is_judged_by_its_own_tests(project, capsys):
+    (project / "data.py").write_text("def third(x):\n    return x / 3\n")
+    (project / "test_data.py").write_text(
+        "import data\nimport engine\n\n\ndef test_all():\n    assert data.third(engine.half(6)) == 1\n"
+    )
+    rows = [*mutants(("x / 2", "x / 4", "half: a quarter")), script.Mutant("data.py", "x / 3", "x / 4", "third: no")]
+    done = script.run(project, rows, TESTS | {"data.py": ["test_data.py"]}, jobs=1)
+    assert [outcome for _, outcome in done] == [("passed", ""), ("killed", "test_data.py::test_all")]
+
+
 def test_a_hang_is_ended(project):
     (project / "test_engine.py").write_text("def test_hang():\n    while True:\n        pass\n")
     assert asyncio.run(script.run_tests(project, ["test_engine.py"], 0.5)).word == "timeout"
@@ -78,12 +92,15 @@ def test_a_hang_is_ended(project):
 def test_tests_that_fail_anyway_prove_nothing(project):
     (project / "test_engine.py").write_text("def test_no():\n    assert False\n")
     with pytest.raises(ValueError, match=r"without any fault, .*::test_no fails"):
-        script.run(project, mutants(("2 * x", "3 * x", "twice: thrice")), ["test_engine.py"], jobs=1)
+        script.run(project, mutants(("2 * x", "3 * x", "twice: thrice")), TESTS, jobs=1)
 
 
 def test_wrong_options_and_the_exit_status(monkeypatch, capsys):
     assert script.main(["--list", "--only", "rms_norm"]) == 0
     assert "eps stands outside the root" in capsys.readouterr().out
+    assert script.main(["--list", "--only", "ppo.py", "DPO.py"]) == 0
+    out = capsys.readouterr().out
+    assert "ppo.py" in out and "dpo.py" in out and "pack.py" not in out
     for wrong, message in (
         (["--jobs", "0"], "--jobs must be at least 1"),
         (["--only", "zebra"], "no mutant has 'zebra'"),
