@@ -10,7 +10,8 @@ version = re.search(r'^__version__ = "(.+)"$', (root / "minillm/__init__.py").re
 
 data = ["pyarrow>=20", "zstandard>=0.23", "ftfy>=6.3", "py3langid>=0.4", "rensa>=0.5,<0.6"]
 plot = ["matplotlib>=3.9"]
-test = ["pytest>=8.2", "hypothesis>=6.100", "pytest-timeout>=2.3.1", "setuptools>=77", *data, *plot]
+log = ["tensorboardX>=2.6"]
+test = ["pytest>=8.2", "hypothesis>=6.100", "pytest-timeout>=2.3.1", "setuptools>=77", *data, *plot, *log]
 
 setup(
     name="minillm-train",  # the name `minillm` belongs to another distribution; the import name is `minillm`
@@ -52,7 +53,7 @@ setup(
         "cuda13": ["cupy-cuda13x[ctk]>=14.2,<15", "cuda-toolkit[crt]==13.*"],
         "data": data,
         "plot": plot,
-        "log": ["tensorboardX>=2.6"],
+        "log": log,
         "test": test,
         "dev": [*test, "ruff==0.17.5"],  # pinned: another version formats and warns differently
     },
