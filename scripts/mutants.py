@@ -344,7 +344,11 @@ FAULTS = {
             "return score",
             "punished: an answer without an end is not",
         ),
-        ("np.arange(len(s)) >= len(a.prompt)", "np.arange(len(s)) > len(a.prompt)", "lands: an answer's first token"),
+        (
+            "np.arange(len(s)) >= len(a.prompt)",
+            "np.arange(len(s)) > len(a.prompt)",
+            "lands: an answer's first token is not in the mask",
+        ),
         (
             "frozen_logprobs(policy, batch, config.temperature, rows)",
             "frozen_logprobs(policy, batch, 1.0, rows)",
@@ -388,7 +392,7 @@ FAULTS = {
         (
             "trained = np.zeros((len(rows), width), bool)",
             "trained = np.ones((len(rows), width), bool)",
-            "target: padding",
+            "target: padding is one",
         ),
         ("trained[:, 1:]", "trained[:, :-1]", "mask: about the token that is read, not its target"),
     ],
@@ -490,7 +494,6 @@ async def run_tests(tree, tests, limit, *options):
         with contextlib.suppress(ProcessLookupError):  # after a timeout or Ctrl-C: pytest, and what the tests started
             os.killpg(process.pid, signal.SIGKILL)
         await process.communicate()
-    if process.returncode and "-k" not in options: open(f"/tmp/mutfail_{process.pid}.log","w").write(output)  # TEMP
     if process.returncode in (0, 5):  # 5: no test has such a name
         return Outcome("passed", "")
     if process.returncode < 0:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minillm.data.datasets import Batches, Items, Mixture, TokenFile, TokenWriter, Windows, load_tokens, open_splits
@@ -303,6 +303,7 @@ weights_of_sources = st.lists(
 
 
 @given(weights_of_sources)
+@example([36, 1, 8, 36])  # where the largest deficit first, which is the obvious way, is a row off at the 27th
 def test_no_source_is_ever_a_whole_row_off_its_part(weights):
     names = [f"s{n}" for n in range(len(weights))]
     mixture = Mixture(dict.fromkeys(names, sequence(2)), dict(zip(names, weights, strict=True)))

@@ -375,7 +375,7 @@ def test_what_is_not_a_target_has_no_influence_as_one():
         view = SimpleNamespace(x=batch.x, y=y, start=batch.start, mask=batch.mask)
         return gradient_of(model, common.next_token_loss, view, 7)[0]
 
-    other = (batch.y + rng.integers(1, V, batch.y.shape)) % V
+    other = (batch.y + rng.integers(1, V, batch.y.shape, np.int32)) % V  # another dtype is another kernel
     before = gradient(batch.y)
     np.testing.assert_array_equal(gradient(np.where(batch.mask, batch.y, other)), before)  # bit for bit
     one = np.argwhere(batch.mask)[3]
@@ -772,7 +772,7 @@ def test_sft_trains_answers_and_their_ends_alone():
         view = SimpleNamespace(x=batch.x, y=y, start=batch.start, mask=batch.mask)
         return gradient_of(model, common.next_token_loss, view, batch.mask.sum())[0]
 
-    other, before = (batch.y + rng.integers(1, V, batch.y.shape)) % V, gradient(batch.y)
+    other, before = (batch.y + rng.integers(1, V, batch.y.shape, np.int32)) % V, gradient(batch.y)
     assert np.array_equal(gradient(np.where(batch.mask, batch.y, other)), before)
     for place in np.argwhere(batch.mask):  # each trained token counts, the ends too
         y = batch.y.copy()
