@@ -374,7 +374,7 @@ class _Zstandard(io.RawIOBase):
     stand for some 30 MB, not more."""
 
     def __init__(self, stream):
-        self.library = extra("zstandard", "data")
+        self.zstandard = extra("zstandard", "data")
         self.stream, self.frame, self.waiting, self.rest = stream, None, b"", memoryview(b"")
 
     def readable(self):
@@ -389,10 +389,10 @@ class _Zstandard(io.RawIOBase):
                     raise _Damaged("it ends in the middle of a frame")
                 return 0
             if self.frame is None:
-                self.frame = self.library.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+                self.frame = self.zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
             try:
                 self.rest = memoryview(self.frame.decompress(piece))
-            except self.library.ZstdError as error:
+            except self.zstandard.ZstdError as error:
                 raise _Damaged(str(error)) from None
             if self.frame.eof:
                 self.waiting, self.frame = self.frame.unused_data, None
