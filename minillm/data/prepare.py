@@ -36,13 +36,12 @@ from .. import __version__
 from ..tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from .classifier import Classifier, WordList, classifier_rule, word_list_rule
 from .clean import clean, scrub_pii
-from .datasets import TokenWriter
+from .datasets import FORMAT, MANIFEST, TokenWriter
 from .dedup import ExactIndex, NearIndex, NgramIndex, fingerprint, signature
 from .filters import PRESETS, judge
 from .language import code_of, identify, language_rule
 from .readers import Bad, find_sources, read, read_rows
 
-FORMAT = 1
 STEPS = ("read", "clean", "language", "quality", "classifier", "toxicity", "pii", "contamination", "hash", "exact",
          "near", "write", "tokenizer", "tokenise")  # fmt: skip
 BATCH = 1 << 18  # characters that travel to a worker at once
@@ -354,7 +353,7 @@ def prepare(settings, show_progress=False):
     out = Path(settings.out)
     if out.exists() and not settings.overwrite:
         raise ValueError(f"{out} exists: remove it, or replace it with --overwrite True")
-    if out.exists() and not (out / "manifest.json").exists():
+    if out.exists() and not (out / MANIFEST).exists():
         raise ValueError(f"{out} exists and holds no prepared data: it is not mine to replace")
     tokenizer = settings.tokenizer and Tokenizer.load(settings.tokenizer)
     partial = out.with_name(out.name + ".partial")
@@ -395,7 +394,7 @@ def _prepare(settings, sources, tokenizer, folder, show_progress):
     manifest = {
         "format": FORMAT,
         "minillm": __version__,
-        "settings": _plain({k: v for k, v in asdict(settings).items() if k not in ("out", "workers", "overwrite")}),
+        "settings": {k: v for k, v in asdict(settings).items() if k not in ("out", "workers", "overwrite")},
         "sources": {
             source.name: {
                 "files": [_file(path) for path in source.files],
@@ -411,8 +410,9 @@ def _prepare(settings, sources, tokenizer, folder, show_progress):
         "weights": settings.weights,
         "tokens": pieces,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return Report(manifest, examples, dict(seconds), 0.0)
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, default=str)  # paths as strings
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return Report(json.loads(text), examples, dict(seconds), 0.0)
 
 
 def _timed(documents, seconds):
@@ -536,15 +536,6 @@ def _file(path):
 def _sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _plain(value):
-    """For JSON: paths as strings, tuples as lists."""
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(part) for part in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 # ------------------------------------------------------------------ the table

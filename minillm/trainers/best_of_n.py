@@ -17,7 +17,7 @@ from ..chat import stop_ids
 from ..data.conversations import encode_prompts, question_of, read_prompts
 from ..data.readers import Bad
 from ..generate import generate
-from .common import ChatSettings, claim, load_tokenizer, load_with_head, read_files, template_of
+from .common import ChatSettings, claim, load_tokenizer, load_with_head, padding_of, read_files, template_of
 from .ppo import model_rewards
 
 
@@ -56,7 +56,7 @@ def best_of_n(config):
         config.refuse("max_new_tokens", f"below the models' context of {context} tokens")
     prompts = read_files(config.prompts, read_prompts, Bad(config.skip_bad))
     examples = encode_prompts(prompts, template, tokenizer, context - config.max_new_tokens).checked("--prompts")
-    score = model_rewards(reward_model, tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id)
+    score = model_rewards(reward_model, padding_of(tokenizer))
     stop = stop_ids(template, tokenizer)
     claim(config)
     first, best = [], []

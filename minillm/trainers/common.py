@@ -180,17 +180,6 @@ class TuningSettings(ChatSettings):
             raise ValueError("--data needs at least one file")
 
 
-def plain(value):
-    """`value` for JSON: paths as strings, tuples as lists."""
-    if dataclasses.is_dataclass(value):
-        value = dataclasses.asdict(value)
-    if isinstance(value, dict):
-        return {key: plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
-    return str(value) if isinstance(value, Path) else value
-
-
 # ------------------------------------------------------------------ model folders
 
 
@@ -232,6 +221,11 @@ def spellings(tokenizer):
         except ValueError:
             found.append(b"")
     return found
+
+
+def padding_of(tokenizer):
+    """The id to fill rows with. Nothing reads it, so any id would do where a tokenizer has none for padding."""
+    return tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
 
 
 def template_of(folder, given=""):
@@ -466,7 +460,7 @@ def claim(settings):
                 raise ValueError(f"--{name} {path} is in --out {out}, which would be replaced: take another --out")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "settings.json", plain(settings))
+    write_json(out / "settings.json", dataclasses.asdict(settings))
 
 
 def _paths(settings):
@@ -478,7 +472,8 @@ def _paths(settings):
 
 
 def write_json(path, value):
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write `value` as JSON, paths in it as strings."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
 class Run:

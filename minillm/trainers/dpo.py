@@ -33,6 +33,7 @@ from .common import (
     load_tokenizer,
     load_with_head,
     pad,
+    padding_of,
     read_files,
     same_tokenizer,
     save_model,
@@ -160,7 +161,7 @@ def train(config):
     examples = encode_preferences(kept, template, tokenizer, length).checked("--data")
     tests = encode_preferences(held, template, tokenizer, length)
     prompts = encode_prompts(prompts_of(held), template, tokenizer, length - 1)[: config.samples]
-    pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+    pad_id = padding_of(tokenizer)
     claim(config)
     if examples.left_out:
         print(f"left out: {examples.summary()}")

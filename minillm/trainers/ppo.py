@@ -53,6 +53,7 @@ from .common import (
     load_tokenizer,
     load_with_head,
     pad,
+    padding_of,
     parts,
     read_files,
     same_tokenizer,
@@ -427,7 +428,7 @@ def train(config):
     kept, held = hold_out(prompts, config.held_out, config.seed, key=lambda p: str(question_of(p.messages)))
     examples = encode_prompts(kept, template, tokenizer, context - config.max_new_tokens).checked("--prompts")
     tests = encode_prompts(held, template, tokenizer, context - config.max_new_tokens)[: config.eval_prompts]
-    pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+    pad_id = padding_of(tokenizer)
     stop = stop_ids(template, tokenizer)
     claim(config)
     if examples.left_out:

@@ -28,6 +28,7 @@ from .common import (
     hold_out,
     load_tokenizer,
     load_with_head,
+    padding_of,
     read_files,
     save_model,
     scores,
@@ -129,7 +130,7 @@ def train(config):
     # The answer's last token is read, too, where a language model only predicts it.
     examples = encode_preferences(kept, template, tokenizer, length - 1).checked("--data")
     tests = encode_preferences(held, template, tokenizer, length - 1)
-    pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+    pad_id = padding_of(tokenizer)
     batches = Batches(Items(examples), config.batch_size, config.seed)
     steps = math.ceil(config.epochs * len(examples) / config.batch_size)
     claim(config)
