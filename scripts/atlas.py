@@ -32,6 +32,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser(description="Write a small world of real facts to train on.")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to write")
     parser.add_argument("--size", type=size, default=2 * 10**6, help="bytes of documents: 50KB to 50MB (2MB)")
+    parser.add_argument("--facts", type=int, metavar="N", help="at most so many (as many as the size has room for)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     parser.add_argument("--dirty", type=float, default=0.1, metavar="P", help="share of pages to take out (0.1)")
     parser.add_argument("--noise", type=float, default=0.1, metavar="P", help="share of flipped preferences (0.1)")
@@ -41,6 +42,8 @@ def parse(arguments):
         parser.error("--out is missing: the folder to write (or --show, to look at examples)")
     if not atlas.SMALLEST_SIZE <= options.size <= 10**9:
         parser.error(f"--size must be from 50KB to 1000MB, and is {options.size} bytes")
+    if options.facts is not None and options.facts < 100:
+        parser.error(f"--facts must be at least 100, and is {options.facts}")
     for name in ("dirty", "noise"):
         if not 0 <= getattr(options, name) <= 0.5:
             parser.error(f"--{name} must be from 0 to 0.5, and is {getattr(options, name)}")
@@ -48,8 +51,8 @@ def parse(arguments):
 
 
 def show(options):
-    shown = {}
-    for page in atlas.corpus(options.seed, options.size, options.dirty):
+    shown, world = {}, atlas.facts(options.size, options.facts)
+    for page in atlas.corpus(options.seed, options.size, options.dirty, world):
         shown.setdefault(page["kind"], [])
         if len(shown[page["kind"]]) < 3:
             shown[page["kind"]].append(page["text"])
@@ -57,7 +60,7 @@ def show(options):
         for text in shown.get(kind, ()):
             print(f"--- {kind}\n{text}\n")
     first = {}
-    for question in atlas.questions(options.seed, "heldout", atlas.facts(options.size)):
+    for question in atlas.questions(options.seed, "heldout", world):
         first.setdefault(question.kind, question)
     for kind, question in first.items():
         print(f"--- question: {kind}\n{question.text}\n[{atlas.brief(question)}]\n")
@@ -66,10 +69,12 @@ def show(options):
 def run(options):
     if options.show:
         return show(options)
-    record = atlas.write(options.out, options.seed, options.size, options.dirty, options.noise)
-    print(f"{'file':<20}{'rows':>9}{'bytes':>12}")
+    record = atlas.write(
+        options.out, options.seed, options.size, options.dirty, options.noise, most_facts=options.facts
+    )
+    print(f"{'file':<28}{'rows':>9}{'bytes':>12}")
     for name, file in record["files"].items():
-        print(f"{name:<20}{file['rows']:>9,}{file['bytes']:>12,}")
+        print(f"{name:<28}{file['rows']:>9,}{file['bytes']:>12,}")
     print(f"\n{'kind of page':<22}{'pages':>7}{'bytes':>12}")
     for kind in (*atlas.CLEAN_KINDS, *atlas.DIRTY_KINDS):
         if kind in record["kinds"]:

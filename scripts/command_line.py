@@ -44,11 +44,11 @@ def parse(config, description, arguments=None):
     columns, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "1000"  # tyro must not break the line
     try:
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
-            return tyro.cli(config, prog=program, args=_with_true(arguments, options), config=CONFIG)
+            return tyro.cli(config, prog=program, args=_for_tyro(arguments, options, config), config=CONFIG)
     except ValueError as error:
         fail(error)
     except SystemExit:
-        fail(_one_line(told.getvalue(), options))
+        fail(_one_line(re.sub(r"(--[a-z-]+)_\b", r"\1", told.getvalue()), options))
     finally:
         os.environ.pop("COLUMNS")
         if columns is not None:
@@ -71,10 +71,13 @@ ELSEWHERE = {
 }
 
 
-def _with_true(arguments, options):
-    """The arguments, with the value True behind a yes-or-no option that has none."""
+def _for_tyro(arguments, options, config):
+    """The arguments as tyro reads them: with the value True behind a yes-or-no option that has none, and --from for a
+    field from_ spelt as the field is."""
+    spelt = {f"--{f.name.rstrip('_')}": f"--{f.name}" for f in dataclasses.fields(config) if f.name.endswith("_")}
     for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
-        yield argument
+        flag, equals, value = argument.partition("=")
+        yield spelt.get(flag, flag) + equals + value
         option = options.get(argument.replace("_", "-"))
         if option and option.values == YES_OR_NO and following.startswith("--"):
             yield "True"
@@ -161,7 +164,7 @@ def options_of(config):
     options = []
     for field in dataclasses.fields(config):
         text, group, apart = found.get(field.name, ("", "", False))
-        flag = "--" + field.name.replace("_", "-")
+        flag = "--" + field.name.rstrip("_").replace("_", "-")  # from_ is --from: the word belongs to Python
         if get_origin(get_type_hints(config)[field.name]) is not get_origin(kinds[field.name]):
             flag = field.name.upper()  # Annotated: tyro.conf.Positional
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

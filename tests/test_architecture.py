@@ -34,8 +34,20 @@ ARROWS = {
     "generate": [*ENGINE, "model", "losses"],
     "trainers": [*LIBRARY, "trainers"],
     "report": ["extras", "data"],
-    "scripts": [*LIBRARY, "report", "op_examples", "trainers", "scripts", "kernels", "kernels.kernel", OP],
-    "tests": [*LIBRARY, "report", "op_examples", "trainers", "tests", "kernels", "kernels.jit", "kernels.kernel", OP],
+    "pipeline": [*LIBRARY, "trainers", "report"],
+    "scripts": [*LIBRARY, "report", "pipeline", "op_examples", "trainers", "scripts", "kernels", "kernels.kernel", OP],
+    "tests": [
+        *LIBRARY,
+        "report",
+        "pipeline",
+        "op_examples",
+        "trainers",
+        "tests",
+        "kernels",
+        "kernels.jit",
+        "kernels.kernel",
+        OP,
+    ],
 }
 
 

@@ -22,7 +22,7 @@ from minillm.hub import load_pretrained
 from minillm.model import Config, build
 from minillm.optim import AdamW
 from minillm.tokenizer import SMALLEST_VOCABULARY, Tokenizer
-from minillm.trainers import common, dpo, ppo, pretrain, reward, sft
+from minillm.trainers import common, dpo, evaluation, ppo, pretrain, reward, sft
 from minillm.trainers.common import Settings
 
 TOKENIZER = Tokenizer.train([], SMALLEST_VOCABULARY)
@@ -96,7 +96,8 @@ NEEDED = {
     ppo.PPOConfig: {"model": Path("m"), "reward": Path("r"), "prompts": (Path("p"),)},
 }
 # Anything will do for these: paths and templates are looked at when they are read.
-FREE = {"out", "overwrite", "tensorboard", "model", "reference", "reward", "replay", "template", "whiten_rewards"}
+FREE = {"out", "overwrite", "tensorboard", "model", "reference", "reward", "replay", "template", "whiten_rewards",
+        "questions", "keep_best"}  # fmt: skip
 FREE_IN = {"data": [pretrain.PretrainConfig]}
 WRONG = {
     "seed": -1, "batch_size": 0, "micro_batch_size": -1, "lr": 0.0, "schedule": "step", "warmup": 1.1, "lr_floor": -0.1,
@@ -109,7 +110,7 @@ WRONG = {
     "minibatch_size": -1, "temperature": 0.0, "target_kl": -1.0, "horizon": 0, "max_step_kl": 0.0, "clip": 0.0,
     "clip_value": 0.0, "gamma": 1.1, "lam": -0.1, "entropy_coefficient": -0.1, "missing_eos_penalty": -1.0,
     "reward_clip": 0.0, "reference_samples": -1, "value_lr": 0.0, "value_warmup": -1, "eval_prompts": 0,
-    "flight_record": -1,
+    "flight_record": -1, "eval_questions": -1,
 }  # fmt: skip
 FIELDS = [(config, field.name) for config in NEEDED for field in dataclasses.fields(config)]
 EVERY_FIELD = pytest.mark.parametrize("config, name", FIELDS, ids=lambda x: getattr(x, "__name__", x))
@@ -391,7 +392,7 @@ def test_a_batch_without_a_target_is_no_division_by_zero():
         for size in (0, 1):
             assert common.next_token_backward(model, empty, size) == 0.0
     assert not model.flat_grad.any()
-    assert common.evaluate_tokens(model, [empty]) == {} == common.evaluate_tokens(model, [])
+    assert evaluation.evaluate_tokens(model, [empty]) == {} == evaluation.evaluate_tokens(model, [])
 
 
 def test_an_evaluation_is_the_mean_over_all_targets():
@@ -401,8 +402,8 @@ def test_an_evaluation_is_the_mean_over_all_targets():
     nll, targets, likeliest = (
         np.concatenate(some) for some in zip(*(by_definition(model, b) for b in batches), strict=True)
     )
-    lengths = common.byte_lengths(TOKENIZER)
-    found = common.evaluate_tokens(model, iter(batches), lengths)
+    lengths = evaluation.byte_lengths(TOKENIZER)
+    found = evaluation.evaluate_tokens(model, iter(batches), lengths)
     size = sum(len(TOKENIZER.decode([t], skip_special=True).encode("latin-1", "replace")) for t in targets)
     expected = {
         "eval_loss": nll.mean(),
@@ -412,7 +413,7 @@ def test_an_evaluation_is_the_mean_over_all_targets():
     }
     assert found.keys() == expected.keys()
     np.testing.assert_allclose([found[name] for name in expected], list(expected.values()), rtol=1e-10)
-    assert common.evaluate_tokens(model, batches).keys() == expected.keys() - {"eval_bits_per_byte"}
+    assert evaluation.evaluate_tokens(model, batches).keys() == expected.keys() - {"eval_bits_per_byte"}
 
 
 def test_bits_per_byte_counts_the_bytes_of_the_text():
@@ -422,7 +423,7 @@ def test_bits_per_byte_counts_the_bytes_of_the_text():
     documents = [[tokenizer.bos_id, *tokenizer.encode(text).tolist(), tokenizer.eos_id] for text in texts]
     batch = pack(documents, 48)
     nll, *_ = by_definition(model, batch)
-    found = common.evaluate_tokens(model, [batch], common.byte_lengths(tokenizer))
+    found = evaluation.evaluate_tokens(model, [batch], evaluation.byte_lengths(tokenizer))
     size = sum(len(text.encode()) for text in texts)
     np.testing.assert_allclose(found["eval_bits_per_byte"], nll.sum() / np.log(2) / size, rtol=1e-10)
 

@@ -11,7 +11,9 @@ All streams are generators, and the same seed gives the same bytes on every mach
   that each is still stated about 8 times (`facts`).
 - **A seed** decides the sides of the facts (`split`: "sft", "dev", "heldout") and all texts. A fact and its inverse,
   the capital of France and the country of Paris, are the same knowledge and stand on the same side.
-- **Documents** have statements and lists of questions, but no question with its answer: answering is what SFT teaches.
+- **Documents** have statements, and questions as lists or put in other words, but no question with its answer:
+  answering is what SFT teaches. A model that never had to carry a name from a question into the next sentence learns
+  the names that SFT asks by heart instead.
 - **Answers stand at line starts** too. To a byte-level tokenizer " Paris" and "Paris" are two tokens, and a brief
   answer begins with the second: a model that has met it only in the middle of sentences can not say what it knows.
 """
@@ -37,14 +39,23 @@ STATEMENTS = 8  # how often a corpus states each of its facts, at least
 BYTES_PER_STATEMENT = 70  # with its part of headings and fillers; a little more than the mean, which keeps the promise
 
 # Shares of the clean bytes. Fact pages come first, and all kinds grow together.
-CLEAN_SHARES = {"fact": 0.66, "scene": 0.13, "question": 0.07, "arithmetic": 0.07, "reasoning": 0.05, "manners": 0.02}
+CLEAN_SHARES = {
+    "fact": 0.66,
+    "scene": 0.10,
+    "question": 0.04,
+    "restated": 0.06,
+    "arithmetic": 0.07,
+    "reasoning": 0.05,
+    "manners": 0.02,
+}
 FACT_KINDS = ("article", "sheet", "lines")
-CLEAN_KINDS = (*FACT_KINDS, "scene", "question", "arithmetic", "reasoning", "manners")
+CLEAN_KINDS = (*FACT_KINDS, "scene", "question", "restated", "arithmetic", "reasoning", "manners")
 DIRTY_KINDS = (
     *["exact_duplicate", "normalized_duplicate", "near_duplicate", "boilerplate"],
     *["junk", "foreign", "pii", "mojibake"],
 )
 
+HELDOUT_PREFERENCES = 500
 SIDES = ("sft", "dev", "heldout")
 SHARES = {"sft": 0.67, "dev": 0.08, "heldout": 0.25}
 
@@ -127,6 +138,7 @@ class Gold(NamedTuple):
     brief: float  # 1: no word more than the answer; 0: 30 words more
     polite: bool  # no rude word
     refused: bool
+    answered: bool  # its first sentence says something that could be an answer, right or wrong
     total: float  # right * (1 + 0.3 * brief) - 0.4 * (not polite)
 
 
@@ -162,8 +174,9 @@ def parsed_relations():
 
 
 @cache
-def facts(size_bytes=None):
+def facts(size_bytes=None, most=None):
     """The facts that a corpus of so many bytes is about, as a tuple; all of them from about 1.5 MB on, and for None.
+    With `most`, no more than so many: the more pages there are about a fact, the sooner a model holds it.
 
     A corpus of `size_bytes` has room to state so many facts at least STATEMENTS times in its fact pages. Rows of the
     tables come in the order of the tables, all tables in step, so that the first is France.
@@ -177,9 +190,10 @@ def facts(size_bytes=None):
     of_table = {}
     for block in parsed_relations():
         of_table.setdefault(block["table"], []).append(block)
-    room = None
+    room = most
     if size_bytes is not None:
-        room = size_bytes * 0.9 * CLEAN_SHARES["fact"] / (STATEMENTS * BYTES_PER_STATEMENT)
+        full = size_bytes * 0.9 * CLEAN_SHARES["fact"] / (STATEMENTS * BYTES_PER_STATEMENT)
+        room = full if most is None else min(full, most)
     found = []
     for _, _, name, i in ranked:
         row, new = tables[name][i], []
@@ -236,6 +250,13 @@ def wordings(fact):
         tuple(fill(t, fact) for t in relation.questions) + tuple(t.format(n=noun) for t in GENERAL_QUESTIONS),
         fill("{A}.", fact),
     )
+
+
+def clozes(fact):
+    """The statements about a fact that end with its answer, cut before it, as a list: what a document would go on with
+    tells whether the model holds the fact, before it has learned to answer."""
+    end = f" {fact.answer}.".replace("..", ".")  # as in fill
+    return [text.removesuffix(end) for text in wordings(fact).forward if text.endswith(end)]
 
 
 @cache
@@ -554,18 +575,32 @@ def names_of(question):
     return names | subject | dict.fromkeys(accepted, True)
 
 
-def is_right(question, response):
-    """Does the first sentence of the response give the answer, and no other that could be one?"""
-    sentence = first_sentence(response)
+def told(question, sentence):
+    """What a sentence says that could be an answer: a set of values of the relation, True for the right one."""
     if question.kind == "harmless":
-        told, way = set(words(sentence)), set(words(question.answer))
-        return len(told & way) >= len(way) / 3 and any(set(words(key)) <= told for key in question.aliases)
+        said, way = set(words(sentence)), set(words(question.answer))
+        return {len(said & way) >= len(way) / 3 and any(set(words(key)) <= said for key in question.aliases)}
     said, names = words(sentence, question.relation == "symbol"), names_of(question)
     found = set(named(said, names)) - {None}
     if question.answer.isdigit():  # all other numbers are other answers
         found |= {word for word in said if word.isdigit() and (word,) not in names}
+    return found
+
+
+def is_right(question, response):
+    """Does the first sentence of the response give the answer, and no other that could be one?"""
+    sentence = first_sentence(response)
     said_no = NEGATION.search(sentence.lower()) and not NEGATION.search(question.answer.lower())
-    return found == {True} and not said_no
+    return told(question, sentence) == {True} and (question.kind == "harmless" or not said_no)
+
+
+def is_answer(question, response):
+    """Does the first sentence of the response say anything that could be an answer? A further question does not. What
+    can be done is no list: there any statement does."""
+    sentence = first_sentence(response)
+    if not words(sentence) or sentence.endswith("?"):
+        return False
+    return question.kind in ("harmless", "refuse") or bool(told(question, sentence))
 
 
 def gold_reward(question, response):
@@ -583,7 +618,8 @@ def gold_reward(question, response):
     extra = len(response.split()) - len(question.answer.split())
     brief = min(max(1 - extra / 30, 0.0), 1.0)
     polite = not RUDE.search(response)
-    return Gold(right, brief, polite, refused, right * (1 + 0.3 * brief) - 0.4 * (not polite))
+    answered = not refused and is_answer(question, response)
+    return Gold(right, brief, polite, refused, answered, right * (1 + 0.3 * brief) - 0.4 * (not polite))
 
 
 # ------------------------------------------------------------------ clean pages
@@ -716,6 +752,18 @@ def question_pages(rng, world, unspoken):
             # the texts with a question mark come first, and most lists of questions are made of these
             lines.append(rng.choice(texts[:-2] if rng.random() < 0.8 else texts))
         yield "\n".join(lines)
+
+
+def restated_pages(rng, world, unspoken):
+    """Questions about facts that are put in other words, and get no answer; never a text of `unspoken`."""
+    drawn = rounds(rng, world)
+    while True:
+        n, templates = rng.randint(5, 8), rng.sample(atlas_tables.RESTATED, len(atlas_tables.RESTATED))
+        pieces = []
+        for fact, template in zip(islice(drawn, n), templates, strict=False):
+            text = rng.choice([text for text in wordings(fact).questions if text not in unspoken])
+            pieces.append(template.format(q=text, x=wordings(fact).noun, n=rng.choice(atlas_tables.NAMES)))
+        yield paragraphs(rng, pieces)
 
 
 # {a} and {b} stand there in digits or in words, {r} in digits.
@@ -957,6 +1005,7 @@ def pages(seed, size_bytes, dirty=0.1, world=None):
         "fact": fact_pages(random_of["fact"], world),
         "scene": scene_pages(random_of["scene"]),
         "question": question_pages(random_of["question"], world, unspoken),
+        "restated": restated_pages(random_of["restated"], world, unspoken),
         "arithmetic": arithmetic_pages(random_of["arithmetic"]),
         "reasoning": reasoning_pages(random_of["reasoning"]),
         "manners": manners_pages(random_of["manners"]),
@@ -1058,16 +1107,18 @@ def ask_forbidden(rng, phrase):
     return Asked(refuse_question(phrase, rng.choice(atlas_tables.ASK_FOR_HELP)), (), ())
 
 
-def asked(seed, name, world=None):
-    """Questions that training may ask, as Asked, without end: facts (70 %), harmless tasks, sums, riddles, refusals."""
+def asked(seed, name, world=None, side="sft"):
+    """Questions of a side ("sft": those that training may ask), as Asked, without end: facts (70 %), harmless tasks,
+    sums, riddles, refusals."""
     rng = stream(seed, name)
-    known = on_side(seed, "sft", world)
+    known = on_side(seed, side, world)
+    tasks = [f for f in known if f.relation == "howto"]
     of_kind = {
         "fact": (70, rounds(rng, [f for f in known if f.relation != "howto"]), ask_fact),
-        "harmless": (5, rounds(rng, [f for f in known if f.relation == "howto"]), ask_fact),
-        "arithmetic": (8, rounds(rng, [s for s in sums() if side_of(seed, s) == "sft"]), ask_sum),
-        "reasoning": (8, riddles(seed, "sft", name), ask_riddle),
-        "refuse": (9, rounds(rng, forbidden(seed)["sft"]), ask_forbidden),
+        "harmless": (5 if tasks else 0, rounds(rng, tasks), ask_fact),
+        "arithmetic": (8, rounds(rng, [s for s in sums() if side_of(seed, s) == side]), ask_sum),
+        "reasoning": (8, riddles(seed, side, name), ask_riddle),
+        "refuse": (9, rounds(rng, forbidden(seed)[side]), ask_forbidden),
     }
     while True:
         (kind,) = rng.choices(list(of_kind), [weight for weight, _, _ in of_kind.values()])
@@ -1160,15 +1211,16 @@ def responses(rng, item):
     }
 
 
-def preferences(seed, n, noise=0.1, world=None):
-    """n pairs {"prompt", "chosen", "rejected", "kind", "pair", "flipped"} about facts of the side "sft"; all strings.
+def preferences(seed, n, noise=0.1, world=None, side="sft"):
+    """n pairs {"prompt", "chosen", "rejected", "kind", "pair", "flipped"} about facts of a side; all strings.
 
     Two of the `responses` to a question, the one with the higher gold reward chosen (ties are not drawn); with
     probability `noise` the label is flipped. "pair" names the two in their true order.
     """
     if not 0 <= noise <= 0.5:
         raise ValueError(f"noise is {noise}, and has to be a probability from 0 to 0.5")
-    rng, source = stream(seed, "preferences"), asked(seed, "preferences/questions", world)
+    name = "preferences" if side == "sft" else f"preferences/{side}"
+    rng, source = stream(seed, name), asked(seed, f"{name}/questions", world, side)
     for item in islice(source, n):
         question = item.question
         family = responses(rng, item)
@@ -1195,7 +1247,7 @@ def prompts(seed, n, world=None):
 # ------------------------------------------------------------------ files
 
 
-def write(folder, seed, size_bytes, dirty=0.1, noise=0.1, conversations=None):
+def write(folder, seed, size_bytes, dirty=0.1, noise=0.1, conversations=None, most_facts=None):
     """Writes a world into `folder` and returns its record, the content of atlas.json.
 
     `size_bytes` counts the text of the documents; as JSON Lines they are about 8 percent more.
@@ -1203,14 +1255,16 @@ def write(folder, seed, size_bytes, dirty=0.1, noise=0.1, conversations=None):
     pretrain.jsonl     `corpus`                    sft.jsonl       `instructions`
     preferences.jsonl  `preferences`               prompts.jsonl   `prompts`, a quarter as many
     dev.jsonl, heldout.jsonl   `questions`, as rows
+    heldout_preferences.jsonl  500 `preferences` about the held-out facts, none flipped
     atlas.json         seed and sizes; of each file rows, bytes and sha256; pages and bytes of each kind; facts of each
                        relation and side; how often the corpus states a fact (least and median)
 
     conversations   rows of sft.jsonl, and of preferences.jsonl; None: one for 250 bytes, between 1,000 and 20,000
+    most_facts      see `facts`
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    world = facts(size_bytes)
+    world = facts(size_bytes, most_facts)
     n = min(max(size_bytes // 250, 1000), 20_000) if conversations is None else conversations
     stated, kinds = dict.fromkeys(world, 0), {}
 
@@ -1230,6 +1284,7 @@ def write(folder, seed, size_bytes, dirty=0.1, noise=0.1, conversations=None):
         "prompts.jsonl": prompts(seed, max(n // 4, 1), world),
         "dev.jsonl": (q.row() for q in questions(seed, "dev", world)),
         "heldout.jsonl": (q.row() for q in questions(seed, "heldout", world)),
+        "heldout_preferences.jsonl": preferences(seed, HELDOUT_PREFERENCES, 0.0, world, "heldout"),
     }
     record = {
         **{"seed": seed, "size_bytes": size_bytes, "dirty": dirty, "noise": noise},

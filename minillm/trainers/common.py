@@ -24,10 +24,8 @@ from tqdm import tqdm
 from .. import functional as F
 from ..autograd import no_grad
 from ..chat import TEMPLATES, load_template
-from ..data.conversations import question_of
 from ..data.pack import Batch
 from ..extras import extra
-from ..generate import generate
 from ..hub import load_pretrained, read_config, save_pretrained
 from ..kernels.device import to_host
 from ..model import build
@@ -178,6 +176,20 @@ class TuningSettings(ChatSettings):
         self.between("held_out", 0, 1, open_end=True)
         if not self.data:
             raise ValueError("--data needs at least one file")
+
+
+@dataclass(kw_only=True)
+class QuestionSettings(ChatSettings):
+    """Questions. What trainers can be told that write models which answer."""
+
+    questions: Path | None = None
+    """questions with known answers, answered at each evaluation: dev.jsonl of scripts/atlas.py"""
+    eval_questions: int = 256
+    """how many of them, spread over the file; 0: all"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least("eval_questions", 0)
 
 
 # ------------------------------------------------------------------ model folders
@@ -399,47 +411,6 @@ def scores(model, sequences, pad_id):
     return F.linear(hidden, model.head).reshape(len(last))
 
 
-def complete(model, tokenizer, prompts, max_new_tokens, stop_tokens):
-    """[(the user's last turn, the likeliest answer)] for Examples of prompts (see encode_prompts)."""
-    if not prompts:
-        return []
-    texts = generate(
-        model, [ids for ids, _ in prompts], max_new_tokens=max_new_tokens, temperature=0.0, stop_tokens=stop_tokens
-    )
-    questions = [question_of(prompt.messages)[-1]["content"] for _, prompt in prompts]
-    return [(q, tokenizer.decode(text.ids, skip_special=True)) for q, text in zip(questions, texts, strict=True)]
-
-
-def evaluate_tokens(model, batches, byte_lengths=None):
-    """{"eval_loss", "eval_perplexity", "eval_mean_token_accuracy"} over every masked target of `batches`, and with
-    byte_lengths, (V,) how many bytes each token stands for, "eval_bits_per_byte". {} where there is no target."""
-    nll = right = count = size = 0.0
-    with no_grad():
-        for batch in batches:
-            hidden = model.hidden(batch.x, batch.start)
-            h, y = hidden.data[batch.mask], batch.y[batch.mask]
-            for first in range(0, len(y), 4096):
-                logits = F.linear(h[first : first + 4096], model.head.data).data
-                targets = y[first : first + 4096]
-                nll -= float(to_host(F.token_logprobs(logits, targets).data).sum(dtype=np.float64))
-                right += int((to_host(logits).argmax(-1) == targets).sum())
-            count += len(y)
-            size += 0 if byte_lengths is None else int(byte_lengths[y].sum())
-    if not count:
-        return {}
-    found = {"eval_loss": nll / count, "eval_perplexity": math.exp(min(nll / count, 700))}
-    found["eval_mean_token_accuracy"] = right / count
-    if size:
-        found["eval_bits_per_byte"] = nll / math.log(2) / size
-    return found
-
-
-def byte_lengths(tokenizer):
-    """(V,) int: the bytes that each token stands for; control tokens stand for none."""
-    control = set(tokenizer.special_tokens.values())
-    return np.array([0 if i in control else len(spelt) for i, spelt in enumerate(spellings(tokenizer))])
-
-
 # ------------------------------------------------------------------ a run
 
 
@@ -472,8 +443,10 @@ def _paths(settings):
 
 
 def write_json(path, value):
-    """Write `value` as JSON, paths in it as strings."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    """Write `value` as JSON, paths in it as strings; a kill leaves the old file or the new one, and nothing between."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 class Run:
@@ -491,7 +464,7 @@ class Run:
     """
 
     def __init__(self, settings, steps):
-        self.settings, self.total, self.step = settings, steps, 0
+        self.settings, self.total, self.step, self.done = settings, steps, 0, 0
         self.sums, self.tokens, self.skipped, self.last = {}, 0, 0, {}
         self.file = self.board = self.bar = None
         self.clock = self.clock_tokens = self.told = 0
@@ -513,8 +486,9 @@ class Run:
         self._look(evaluate, sample)
         self.clock = time.perf_counter()
         for step in range(self.total):
-            self.step, done = step, step + 1
+            self.step = step
             yield step
+            self.done = done = step + 1
             if done % self.settings.log_every == 0 or done == self.total:
                 self._log()
             self.bar.update()

@@ -24,11 +24,11 @@ from ..data.readers import Bad
 from ..kernels.device import to_host
 from ..losses import dpo_loss, dpo_rewards, sequence_logprobs
 from .common import (
+    QuestionSettings,
     Run,
     TuningSettings,
     by_length,
     claim,
-    complete,
     hold_out,
     load_tokenizer,
     load_with_head,
@@ -40,10 +40,11 @@ from .common import (
     template_of,
     token_logprobs,
 )
+from .evaluation import complete, examiner
 
 
 @dataclass(kw_only=True)
-class DPOConfig(TuningSettings):
+class DPOConfig(QuestionSettings, TuningSettings):
     """Direct preference optimization."""
 
     reference: Path | None = None
@@ -172,9 +173,10 @@ def train(config):
     batches = Batches(Items(train_pairs), config.batch_size, config.seed)
     steps = math.ceil(config.epochs * len(train_pairs) / config.batch_size)
     optimizer = config.optimizer(model.parameters)
+    examine = examiner(config, template, tokenizer)
 
     def evaluate():
-        return measure(model, tests, config, pad_id) if tests else {}
+        return (measure(model, tests, config, pad_id) if tests else {}) | examine(model)
 
     def sample():
         return complete(model, tokenizer, prompts, config.max_new_tokens, stop_ids(template, tokenizer))

@@ -27,7 +27,8 @@ import numpy as np
 from .. import functional as F
 from ..autograd import no_grad
 from ..chat import stop_ids
-from ..data.conversations import encode_prompts, question_of, read_prompts
+from ..data.atlas import Question, gold_reward
+from ..data.conversations import Conversation, encode_prompts, question_of, read_prompts
 from ..data.datasets import Batches, Items
 from ..data.pack import Batch
 from ..data.readers import Bad
@@ -45,7 +46,7 @@ from ..losses import (
     whiten,
 )
 from .common import (
-    ChatSettings,
+    QuestionSettings,
     Run,
     claim,
     frozen_logprobs,
@@ -63,10 +64,11 @@ from .common import (
     token_logprobs,
     with_head,
 )
+from .evaluation import divergence, gold_metrics, pair_accuracy, read_questions, spread
 
 
 @dataclass(kw_only=True)
-class PPOConfig(ChatSettings):
+class PPOConfig(QuestionSettings):
     """PPO against a reward model."""
 
     reward: Path
@@ -407,6 +409,18 @@ def _next(values):
     return np.concatenate([values[:, 1:], np.zeros_like(values[:, :1])], 1)
 
 
+def against_gold(asked, sequences, score, tokenizer):
+    """gold_metrics of answers to atlas questions, two in a row to each, and "eval_reward_accuracy": how often the score
+    ranks such a pair as the gold reward does, where that differs."""
+    questions = [Question.from_row(prompt.row) for _, prompt in asked]
+    texts = [tokenizer.decode(s[len(ids) :], skip_special=True) for (ids, _), s in zip(asked, sequences, strict=True)]
+    gold = np.array([gold_reward(q, text).total for q, text in zip(questions, texts, strict=True)]).reshape(-1, 2)
+    better, score = gold[:, 0] - gold[:, 1], score.reshape(-1, 2)
+    margins = ((score[:, 0] - score[:, 1]) * np.sign(better))[better != 0]
+    found = {f"eval_{name}": value for name, value in gold_metrics(questions, texts).items()}
+    return found | {"eval_reward_accuracy": pair_accuracy(margins) if len(margins) else math.nan}
+
+
 # ------------------------------------------------------------------ the loop
 
 
@@ -425,9 +439,14 @@ def train(config):
     if config.max_new_tokens >= context:
         config.refuse("max_new_tokens", f"below the models' context of {context}")
     prompts = read_files(config.prompts, read_prompts, Bad(config.skip_bad))
-    kept, held = hold_out(prompts, config.held_out, config.seed, key=lambda p: str(question_of(p.messages)))
+    if config.questions:
+        rows = {q.id: q.row() for q in read_questions(config.questions)}
+        kept, held = prompts, [Conversation(where, row["messages"], row) for where, row in rows.items()]
+    else:
+        kept, held = hold_out(prompts, config.held_out, config.seed, key=lambda p: str(question_of(p.messages)))
     examples = encode_prompts(kept, template, tokenizer, context - config.max_new_tokens).checked("--prompts")
-    tests = encode_prompts(held, template, tokenizer, context - config.max_new_tokens)[: config.eval_prompts]
+    tests = encode_prompts(held, template, tokenizer, context - config.max_new_tokens)
+    tests = spread(tests, config.eval_questions if config.questions else config.eval_prompts)
     pad_id = padding_of(tokenizer)
     stop = stop_ids(template, tokenizer)
     claim(config)
@@ -447,19 +466,20 @@ def train(config):
     steps = math.ceil(config.episodes / config.batch_size)
 
     def evaluate():
-        """Score, KL, length of sampled answers to the held-out prompts, the same random numbers every time."""
+        """Score, KL, length of sampled answers to the held-out prompts, the same random numbers every time; of
+        questions with known answers, two answers each, the gold reward and how well the reward model tells them."""
         if not tests:
             return {}
-        batch, sequences, ended = rollout(policy, [ids for ids, _ in tests], config, stop, pad_id, (config.seed, 1))
-        difference = frozen_logprobs(policy, batch, config.temperature) - frozen_logprobs(
-            reference, batch, config.temperature
-        )
-        return {
-            "eval_scores": scorer(sequences, ended).mean(),
-            "eval_kl": np.where(batch.mask, difference, 0).sum(1).mean(),
+        asked = [test for test in tests for _ in range(2 if config.questions else 1)]
+        batch, sequences, ended = rollout(policy, [ids for ids, _ in asked], config, stop, pad_id, (config.seed, 1))
+        score = scorer(sequences, ended)
+        found = {
+            "eval_scores": score.mean(),
+            "eval_kl": divergence(policy, reference, batch, config.temperature),
             "eval_length": batch.mask.sum(1).mean(),
             "eval_missing_eos": 1 - ended.mean(),
         }
+        return found | (against_gold(asked, sequences, score, tokenizer) if config.questions else {})
 
     def sample():
         some = tests[: config.samples]

@@ -21,9 +21,7 @@ from ..model import Config, build
 from .common import (
     Run,
     Settings,
-    byte_lengths,
     claim,
-    evaluate_tokens,
     load_tokenizer,
     load_with_head,
     next_token_backward,
@@ -31,6 +29,7 @@ from .common import (
     same_tokenizer,
     save_model,
 )
+from .evaluation import byte_lengths, evaluate_tokens
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
          "context")  # fmt: skip

@@ -34,6 +34,7 @@ from .common import (
     scores,
     template_of,
 )
+from .evaluation import pair_accuracy
 
 
 @dataclass(kw_only=True)
@@ -93,7 +94,7 @@ def backward(model, batch, config, pad_id):
         found.append(to_host(r.data)[:, :2])
     r = np.concatenate(found)
     margin = r[:, 0] - r[:, 1]
-    metrics = {"loss": total, "accuracy": accuracy(margin), "margin": margin.mean()}
+    metrics = {"loss": total, "accuracy": pair_accuracy(margin), "margin": margin.mean()}
     return metrics | {"min_reward": r.min(), "mean_reward": r.mean(), "max_reward": r.max()}
 
 
@@ -108,15 +109,10 @@ def measure(model, examples, pad_id, rows=16):
                 margins += [row[i] - row[j] for i in range(K) for j in range(i + 1, K)]
     margins = np.array(margins)
     return {
-        "eval_accuracy": accuracy(margins),
+        "eval_accuracy": pair_accuracy(margins),
         "eval_margin": margins.mean(),
         "eval_loss": np.logaddexp(0, -margins).mean(),
     }
-
-
-def accuracy(margins):
-    """The share of pairs whose better answer has the higher score, ties counted half."""
-    return (margins > 0).mean() + 0.5 * (margins == 0).mean()
 
 
 def train(config):

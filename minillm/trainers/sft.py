@@ -17,11 +17,10 @@ from ..data.conversations import encode_conversations, encode_prompts, read_conv
 from ..data.datasets import Batches, Mixture, Windows, load_tokens
 from ..data.readers import Bad
 from .common import (
+    QuestionSettings,
     Run,
     TuningSettings,
     claim,
-    complete,
-    evaluate_tokens,
     hold_out,
     load_tokenizer,
     load_with_head,
@@ -32,10 +31,11 @@ from .common import (
     save_model,
     template_of,
 )
+from .evaluation import complete, evaluate_tokens, examiner
 
 
 @dataclass(kw_only=True)
-class SFTConfig(TuningSettings):
+class SFTConfig(QuestionSettings, TuningSettings):
     """Supervised fine-tuning."""
 
     packing: Literal["best_fit", "pad"] = "best_fit"
@@ -46,6 +46,9 @@ class SFTConfig(TuningSettings):
     """a folder of scripts/prepare.py whose text is mixed in, against forgetting"""
     replay_share: float = 0.25
     """share of the rows that are such text"""
+    keep_best: bool = True
+    """with --questions, write the model of the evaluation that got most of them right, the latest of equals: knowledge
+    that no conversation asks for comes first and goes again"""
     held_out: float = 0.05
     """share of the conversations kept for evaluation"""
     max_new_tokens: int = 64
@@ -93,9 +96,16 @@ def train(config):
     print(f"{len(examples):,} conversations in {len(rows):,} rows of {length}, {len(tests):,} held out")
     print(f"{steps:,} updates of {config.batch_size} rows")
     optimizer = config.optimizer(model.parameters)
+    examine = examiner(config, template, tokenizer)
+    best = -1.0, 0, None
 
     def evaluate():
-        return evaluate_tokens(model, parts(held_rows.rows(range(len(held_rows))), 32)) if len(held_rows) else {}
+        nonlocal best
+        found = evaluate_tokens(model, parts(held_rows.rows(range(len(held_rows))), 32)) if len(held_rows) else {}
+        found |= examine(model)
+        if config.keep_best and config.questions and found["eval_right"] >= best[0]:
+            best = found["eval_right"], run.done, model.flat.copy()
+        return found
 
     def sample():
         return complete(model, tokenizer, prompts, config.max_new_tokens, stop_ids(template, tokenizer))
@@ -107,5 +117,8 @@ def train(config):
                 continue  # nothing to learn from: an update would only apply the weight decay
             loss = next_token_backward(model, batch, config.micro_batch_size)
             run.update(optimizer, {"loss": loss, "trained_tokens": batch.mask.sum()}, tokens=batch.x.size)
+    if best[2] is not None:
+        model.flat[...] = best[2]
+        print(f"kept: the model after update {best[1]:,} of {steps:,}, with {best[0]:.1%} of the questions right")
     save_model(config.out, model, tokenizer, template)
     return model, tokenizer
