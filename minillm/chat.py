@@ -105,11 +105,15 @@ def encode_segments(pieces, tokenizer):
 
 
 def stop_ids(template, tokenizer):
-    """The ids that end an answer: the control tokens that `template` trains behind it, and the tokenizer's eos."""
-    question_and_answer = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    pieces = segments(question_and_answer, template, tokenizer)
-    ends = {tokenizer.special_tokens[piece.text] for piece in pieces if piece.control and piece.trained}
-    return ends | ({tokenizer.eos_id} - {None})
+    """The ids that end an answer: the control tokens that `template` trains behind it, and the tokenizer's eos. A Jinja
+    template without {% generation %} does not say what is trained: then the first control token behind the answer."""
+    answer = "An answer."
+    pieces = segments([{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}], template, tokenizer)
+    ends = {piece.text for piece in pieces if piece.control and piece.trained}
+    if not any(piece.trained for piece in pieces):
+        place = max((n for n, piece in enumerate(pieces) if answer in piece.text), default=len(pieces))
+        ends = set([piece.text for piece in pieces[place:] if piece.control][:1])
+    return {tokenizer.special_tokens[name] for name in ends} | ({tokenizer.eos_id} - {None})
 
 
 def check_messages(messages):

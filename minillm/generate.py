@@ -101,6 +101,17 @@ def _draw(filtered, streams):
     return picks, np.log(p[np.arange(len(p)), picks])
 
 
+def next_probabilities(model, prompt, **filters):
+    """(V,) float64: the distribution from which `generate` draws the token behind `prompt`, a sequence of ids.
+
+    filters: as for filter_logits. ValueError: an empty prompt, one that fills the context, an id that there is not.
+    """
+    context = model.config.max_position_embeddings
+    row = _Row(0, _checked_prompt(0, prompt, model.config.vocab_size, context, cut=False), None)
+    with no_grad():
+        return _softmax(filter_logits(_Batch(model, [row], 0, cached=False).next_logits(), **filters))[0]
+
+
 def generate(
     model,
     prompts,

@@ -261,7 +261,7 @@ def make_tokenizer(stage):
     return {
         "documents": sum(source["documents"] for source in sources),
         "kept": sum(source["kept"] for source in sources),
-        "tokens": sum(part["tokens"] for part in report.manifest["tokens"].values()),
+        "tokens": sum(part["tokens"] for split in report.manifest["tokens"].values() for part in split.values()),
     }
 
 

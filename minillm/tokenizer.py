@@ -231,6 +231,13 @@ class Tokenizer:
         except KeyError:
             raise ValueError(f"id {token_id} is not in the vocabulary of {self.vocab_size}") from None
 
+    def visible(self, token_id):
+        """One token in one line, for people: a newline is ⏎, and what a terminal would obey, or not show, is an escape;
+        so is a part of a character. ValueError: no such id."""
+        text = self.token_bytes(token_id).decode("utf-8", "backslashreplace")
+        escape = lambda char: char.encode("unicode_escape").decode()
+        return "".join("⏎" if c == "\n" else c if c.isprintable() else escape(c) for c in text)
+
     def decode(self, ids, skip_special=False):
         """The text of a sequence of ids. Control tokens give their names, or nothing with `skip_special`.
 

@@ -38,7 +38,7 @@ def parse(config, description, arguments=None):
         sys.exit(0)
     for argument in arguments:
         flag = argument.partition("=")[0].replace("_", "-")
-        if flag.startswith("--") and flag not in options:
+        if re.match("--|-[A-Za-z]", flag) and flag not in options:
             fail(f"Unrecognized options: {argument}" + _suggestion(flag, options))
     told = io.StringIO()
     columns, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "1000"  # tyro must not break the line
@@ -89,8 +89,10 @@ def _one_line(box, options):
     lines = [line for line in lines[1:] if line.strip("─-") and "--help" not in line]
     lines = list(itertools.takewhile(lambda line: not line.startswith("Argument helptext"), lines))
     if lines and lines[0].startswith("Missing from"):  # each option is followed by its help
-        missing = [line.split()[0] for line in lines if line.startswith("-")]
-        return "missing: " + ", ".join(f"{flag} {options[flag].values}" for flag in missing)
+        first = [line.split()[0] for line in lines if line]  # of what has no flag, tyro names what it takes
+        called = lambda option: option.flag if option.flag.startswith("--") else option.values.split()[0]
+        missing = [option for option in options.values() if option.required and called(option) in first]
+        return "missing: " + ", ".join(map(_name, missing))
     line = re.sub("^Error parsing [A-Z]\\w*: ", "", "; ".join(lines))
     if match := re.match("Error parsing (--[a-z0-9-]+): no type matching", line):
         return f"Error parsing {match[1]}: it takes {options[match[1]].values}"
@@ -227,4 +229,6 @@ def help_lines(program, description, options):
 
 
 def _name(option):
-    return f"{option.flag} {option.values}" if option.flag.startswith("--") else f"{option.flag} ..."
+    if option.flag.startswith("--"):
+        return f"{option.flag} {option.values}"
+    return f"{option.flag} ..." if option.values.endswith("...") else option.flag

@@ -24,8 +24,6 @@ from minillm.tokenizer import Tokenizer
 # Neighbours get different shades, so that the borders between tokens show: (first, second) of not trained and trained.
 SHADES = {False: ("\x1b[0m", "\x1b[100m"), True: ("\x1b[30;42m", "\x1b[30;102m")}
 BRACKETS = {False: ("‹", "›"), True: ("⟦", "⟧")}
-# Control characters of the text must not reach the terminal.
-VISIBLE = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160))} | {9: "\\t", 10: "⏎", 13: "\\r"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,10 +58,8 @@ def masked_view(ids, mask, tokenizer, color):
     """The tokens of a conversation with those that are trained set off, by colour or by brackets."""
     shown = []
     for n, (token, trained) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
-        # A token may be a part of a character: its bytes as they are then.
-        text = tokenizer.token_bytes(token).decode("utf-8", "backslashreplace")
         first, last = (SHADES[trained][n % 2], "\x1b[0m") if color else BRACKETS[trained]
-        shown += [first, text.translate(VISIBLE), last, "\n" * ("\n" in text)]
+        shown += [first, tokenizer.visible(token), last, "\n" * (b"\n" in tokenizer.token_bytes(token))]
     legend = "\x1b[30;42mtrained\x1b[0m  not trained" if color else "⟦trained⟧ ‹not trained›"
     return "".join(shown).rstrip("\n") + f"\n\n{legend}"
 

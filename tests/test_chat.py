@@ -408,6 +408,15 @@ def test_a_generation_block_works_inside_macros_and_loops():
     assert not render(talk("Q", "A"), "{{ messages[1].content }}", PIECES)[1].any()
 
 
+def test_a_template_that_trains_nothing_ends_with_the_first_control_token_behind_an_answer():
+    names = {"<|end|>", "</s>"}
+    ends = lambda source: {name for name, i in PIECES.special_tokens.items() if i in stop_ids(source, PIECES)}
+    turn = "<|user|>{{ m.content }}<|end|>"
+    assert ends(f"{{% for m in messages %}}{turn}{{% endfor %}}<|assistant|>") == names
+    assert ends("{% for m in messages %}<|user|>{{ m.content | trim }}\n{% endfor %}") == {"</s>"}
+    assert ends("<|user|>{{ messages[0].content }}") == {"</s>"}  # no answer in it
+
+
 def test_a_template_is_found_where_checkpoints_have_it(tmp_path):
     with pytest.raises(ValueError, match="has no chat template"):
         load_template(tmp_path)

@@ -261,6 +261,13 @@ def test_preferences_as_rankings():
     assert [told(r) for r in C.pairs(found)] == [["yes", "no"], ["c", "b"], ["c", "a"], ["b", "a"]]
 
 
+def test_ties_can_be_left_out():
+    given = [C.Preference(f"x:{n}", talk("a"), ["b", "c"], 0.0, p) for n, p in enumerate((1.0, 0.5, 0.0))]
+    assert len(C.encode_preferences(given, "chatml", TOKENIZER, 200)) == 3
+    found = C.encode_preferences(given, "chatml", TOKENIZER, 200, ties=False)
+    assert [r.preference for r in found] == [1.0, 0.0] and found.summary() == "1 that are ties (first: x:1)"
+
+
 def test_prompts_are_at_most_so_long():
     given = [C.Conversation("x:1", talk("a" * n), {}) for n in (3, 4)]
     room = len(render(talk("aaa"), "chatml", TOKENIZER, add_generation_prompt=True)[0])

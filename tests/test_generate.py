@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.autograd import no_grad
-from minillm.generate import filter_logits, generate
+from minillm.generate import filter_logits, generate, next_probabilities
 from minillm.model import Config, build
 
 TINY = {"vocab_size": 17, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
@@ -144,6 +144,19 @@ def test_sampled_frequencies(options, cache):
         assert statistic < freedom + 5 * np.sqrt(2 * freedom) + 5
     exact = np.log(p_first[first])
     assert np.allclose([o.logprobs[0] for o in out], exact, atol=1e-9)
+
+
+@every_model
+def test_next_probabilities_are_those_that_generate_draws_from(config):
+    model, options = sharp(config), {"temperature": 0.7, "top_p": 0.9}
+    p = next_probabilities(model, [4, 2, 9], **options)
+    assert p.shape == (17,) and p.dtype == np.float64 and abs(p.sum() - 1) < 1e-12 and (p == 0).any()
+    for seed in range(5):
+        (drawn,) = generate(model, [[4, 2, 9]], max_new_tokens=1, seed=seed, **options)
+        assert np.allclose(drawn.logprobs, np.log(p[drawn.ids]), atol=1e-9)
+    for wrong, message in (([], "prompt 0 is empty"), ([17], "id 17 is outside"), ([1] * 40, "leaves no room")):
+        with pytest.raises(ValueError, match=message):
+            next_probabilities(model, wrong)
 
 
 def test_logprobs_are_those_of_what_was_drawn():

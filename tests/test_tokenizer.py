@@ -151,6 +151,18 @@ def test_a_character_is_printed_when_it_is_whole(bytewise):
     assert bytewise.decode(cut) == "a\ufffd"
 
 
+def test_a_token_is_visible_in_one_line_and_moves_no_terminal(bytewise):
+    for text, shown in (("a", "a"), (" ", " "), ("\n", "⏎"), ("\t", "\\t"), ("\r", "\\r"), ("\x1b", "\\x1b")):
+        assert list(map(bytewise.visible, bytewise.encode(text))) == [shown]
+    assert list(map(bytewise.visible, bytewise.encode("é"))) == ["\\xc3", "\\xa9"]  # parts of a character
+    assert bytewise.visible(bytewise.special_tokens["<|im_end|>"]) == "<|im_end|>"
+    words = Tokenizer.train(["\u202eé\xa0\n\n"] * 9, SMALLEST_VOCABULARY + 20)
+    shown = "".join(map(words.visible, words.encode("\u202eé\xa0\n\n")))
+    assert shown == "\\u202eé\\xa0⏎⏎"  # what turns the line around, and a blank that is none
+    with pytest.raises(ValueError, match="id 999 is not in the vocabulary"):
+        words.visible(999)
+
+
 def test_control_tokens_are_shown_or_skipped(trained):
     ids = [trained.bos_id, *trained.encode("the cat"), trained.special_tokens["<|im_end|>"], trained.pad_id]
     assert trained.decode(ids) == "<s>the cat<|im_end|><pad>"

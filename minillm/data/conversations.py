@@ -224,12 +224,16 @@ def encode_answer(prompt, answer, template, tokenizer):
     return ids[:end], mask[:end]
 
 
-def encode_preferences(preferences, template, tokenizer, length):
-    """Examples of Ranking, every answer of at most length + 1 tokens with its prompt."""
+def encode_preferences(preferences, template, tokenizer, length, ties=True):
+    """Examples of Ranking, every answer of at most length + 1 tokens with its prompt. ties=False leaves out those with
+    preference 0.5, for a loss that would take the first of two equally good answers for the better one."""
     examples = Examples()
     for preference in preferences:
         if len(set(preference.answers)) < len(preference.answers):
             examples.leave_out(preference.where, "whose chosen and rejected answers are the same")
+            continue
+        if not ties and preference.preference == 0.5:
+            examples.leave_out(preference.where, "that are ties")
             continue
         try:
             answers = [encode_answer(preference.prompt, answer, template, tokenizer) for answer in preference.answers]

@@ -4,9 +4,9 @@ h = beta [log pi(y_w|x) - log ref(y_w|x) - log pi(y_l|x) + log ref(y_l|x)]      
 
 Log-probabilities are sums over the answer's tokens and its end-of-turn token; the prompt is in none of them. The
 reference is the model that training starts from, and its log-probabilities are computed once, by the same code, before
-the first update: there h = 0 and L = ln 2. Left out: a row's own margin and preference (the reward model uses them),
-and sampling. What the policy does on prompts that no pair covers, the loss does not see (Xu et al. 2024), so watch the
-samples and rewards/chosen, which may fall while the margin grows.
+the first update: there h = 0 and L = ln 2. Left out: ties, a row's own margin and preference (the reward model uses
+them), and sampling. What the policy does on prompts that no pair covers, the loss does not see (Xu et al. 2024), so
+watch the samples and rewards/chosen, which may fall while the margin grows.
 """
 
 import math
@@ -159,8 +159,8 @@ def train(config):
     length = min(config.length or context, context)
     preferences = read_files(config.data, read_preferences, Bad(config.skip_bad))
     kept, held = hold_out(preferences, config.held_out, config.seed, key=lambda p: str(p.prompt))
-    examples = encode_preferences(kept, template, tokenizer, length).checked("--data")
-    tests = encode_preferences(held, template, tokenizer, length)
+    examples = encode_preferences(kept, template, tokenizer, length, ties=False).checked("--data")
+    tests = encode_preferences(held, template, tokenizer, length, ties=False)
     prompts = encode_prompts(prompts_of(held), template, tokenizer, length - 1)[: config.samples]
     pad_id = padding_of(tokenizer)
     claim(config)

@@ -10,6 +10,7 @@ scripts/evaluate.py.
 """
 
 import math
+import re
 from collections import Counter
 from typing import NamedTuple
 
@@ -75,18 +76,22 @@ def document_ids(tokenizer, text):
     return [begin, *tokenizer.encode(text)]
 
 
-def recalled(model, tokenizer, facts, max_new_tokens=10):
+def recalled(model, tokenizer, facts, max_new_tokens=None):
     """{fact: the share of its statements that the model completes with the fact's answer, taking the likeliest token}.
 
     A statement is cut before the answer (atlas.clozes), so this asks for what the documents taught and not for any
-    skill in answering. `max_new_tokens` has to be enough for the longest answer.
+    skill in answering. The answer has to end there, as it does in the documents: "Guinea-Bissau" is not Guinea.
+    `max_new_tokens` None is enough for the longest answer and a token that ends it.
     """
     asked = [(fact, text) for fact in facts for text in atlas.clozes(fact)]
     prompts = [document_ids(tokenizer, text) for _, text in asked]
+    if max_new_tokens is None:
+        max_new_tokens = 1 + max((len(tokenizer.encode(f" {fact.answer}.")) for fact, _ in asked), default=0)
     right, total = Counter(), Counter()
-    for (fact, _), said in zip(asked, answer(model, tokenizer, prompts, (), max_new_tokens), strict=True):
-        names = atlas.words(fact.answer, exact=True)
-        right[fact] += atlas.words(said.text, exact=True)[: len(names)] == names
+    answers = answer(model, tokenizer, prompts, stops(None, tokenizer), max_new_tokens)
+    for (fact, _), said in zip(asked, answers, strict=True):
+        name, text = fact.answer.removesuffix("."), said.text + "\n" * said.ended
+        right[fact] += bool(re.match(rf"\s*{re.escape(name)}[.,;:!?\n]", text))
         total[fact] += 1
     return {fact: right[fact] / total[fact] for fact in total}
 

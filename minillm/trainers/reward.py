@@ -125,7 +125,7 @@ def train(config):
     kept, held = hold_out(preferences, config.held_out, config.seed, key=lambda p: str(p.prompt))
     # The answer's last token is read, too, where a language model only predicts it.
     examples = encode_preferences(kept, template, tokenizer, length - 1).checked("--data")
-    tests = encode_preferences(held, template, tokenizer, length - 1)
+    tests = encode_preferences(held, template, tokenizer, length - 1, ties=False)
     pad_id = padding_of(tokenizer)
     batches = Batches(Items(examples), config.batch_size, config.seed)
     steps = math.ceil(config.epochs * len(examples) / config.batch_size)

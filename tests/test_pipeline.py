@@ -1,0 +1,260 @@
+"""The pipeline: all stages in a row on a very small world, once; then what a user may do to it."""
+
+import contextlib
+import html.parser
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from minillm import pipeline
+from minillm.data import atlas
+from minillm.pipeline import STAGES, PipelineConfig, run
+
+MICRO = {
+    "data": {"size_bytes": 60_000, "most_facts": 100, "conversations": 60},
+    "tokenizer": {"vocab_size": 512, "validation": 0.1},
+    "pretrain": {"hidden_size": 16, "num_hidden_layers": 1, "tokens": 8_000, "batch_size": 8, "length": 64, "samples": 1},
+    "sft": {"epochs": 0.5, "batch_size": 8, "length": 128, "eval_questions": 8, "samples": 1},
+    "reward": {"epochs": 0.5, "samples": 1},
+    "ppo": {"episodes": 32, "batch_size": 8, "value_warmup": 1, "eval_questions": 8, "reference_samples": 8,
+            "max_new_tokens": 8, "samples": 1},
+    "dpo": {"epochs": 0.5, "eval_questions": 8, "max_new_tokens": 8, "samples": 1},
+}  # fmt: skip
+FILES = ("pretrain/model.safetensors", "sft/model.safetensors", "reward/model.safetensors", "ppo/model.safetensors",
+         "dpo/model.safetensors", "tokenizer/pretrain.train.bin", "data/heldout.jsonl")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def micro(monkeypatch):
+    """Stages that take a second each."""
+    monkeypatch.setitem(pipeline.SIZES, "tiny", MICRO)
+    monkeypatch.setattr(pipeline, "OWN", {"pretrain": {"length": 64}})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, notes, what was printed) of one whole run."""
+    told, old = io.StringIO(), pipeline.SIZES["tiny"]
+    pipeline.SIZES["tiny"] = MICRO
+    out = tmp_path_factory.mktemp("pipeline") / "run"
+    try:
+        with contextlib.redirect_stdout(told):
+            notes = run(PipelineConfig(out=out, size="tiny"))
+    finally:
+        pipeline.SIZES["tiny"] = old
+    return out, notes, told.getvalue()
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished run, to do something to."""
+    return Path(shutil.copytree(finished[0], tmp_path / "copy"))
+
+
+def test_every_stage_leaves_its_folder_and_is_noted(finished):
+    out, notes, _ = finished
+    assert list(notes["stages"]) == list(STAGES)
+    assert json.loads((out / pipeline.NOTES).read_text()) == json.loads(json.dumps(notes))
+    for name in STAGES[:-1]:
+        assert any((out / name).iterdir())
+        assert notes["stages"][name]["seconds"] > 0 and notes["stages"][name]["peak_memory"] > 2**20
+    for name in pipeline.MEASURED:
+        assert notes["stages"][name]["before"] is not None and notes["stages"][name]["after"] is not None
+    assert 0 < notes["stages"]["ppo"]["brief_probability"] < 1
+
+
+def test_the_table_has_every_model_and_every_stage_and_fits_a_terminal(finished):
+    out, notes, told = finished
+    lines = told[told.index("stage ") :].split("\n")
+    assert all(len(line) <= 110 for line in lines)
+    assert [line.split()[0] for line in lines[2:10]] == list(STAGES)
+    header = next(line for line in lines if line.startswith("answers to held-out questions"))
+    assert header.split()[-4:] == ["base", "sft", "ppo", "dpo"]
+    gold = next(line for line in lines if line.startswith("gold reward")).split()[-4:]
+    models = notes["stages"]["report"]["models"]
+    assert gold == [f"{models[name]['gold']:.2f}" for name in pipeline.MODELS]
+    assert str(out / "report.html") in told
+
+
+class Reader(html.parser.HTMLParser):
+    """What a browser would fetch, and the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.fetched, self.words = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.fetched += [value for name, value in attributes if name in ("src", "href") and not value.startswith("#")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_page_stands_alone_and_shows_curves_samples_and_settings(finished):
+    out, notes, _ = finished
+    text = (out / "report.html").read_text(encoding="utf-8")
+    reader = Reader()
+    reader.feed(text)
+    assert reader.fetched == []
+    words = " ".join(" ".join(reader.words).split())
+    for question, _, _ in notes["stages"]["report"]["samples"]:
+        assert " ".join(question.split()) in words
+    assert text.count("<svg") == len(pipeline.panels(PipelineConfig(out=out, size="tiny"))) >= 10
+    for name in ("episodes", "replay_share", "hidden_size"):
+        assert name in words
+
+
+def test_only_the_report_reads_the_held_out_questions(finished, monkeypatch, tmp_path):
+    """Trainers stop and choose by the development questions: were they to see the others, the table would mean less."""
+    out = finished[0]
+    for name in ("sft", "ppo", "dpo"):
+        settings = json.loads((out / name / "settings.json").read_text())
+        assert settings["questions"].endswith("dev.jsonl") and "heldout" not in json.dumps(settings)
+    dev, held = (atlas.questions(0, side, atlas.facts(60_000, 100)) for side in ("dev", "heldout"))
+    assert not {(q.relation, q.subject) for q in dev if q.kind == "fact"} & {(q.relation, q.subject) for q in held}
+
+
+def test_what_is_done_is_not_repeated(copy, monkeypatch, capsys):
+    def never(stage):
+        raise AssertionError(f"{stage.name} was repeated")
+
+    for name in STAGES:
+        monkeypatch.setitem(pipeline.MAKE, name, never)
+    run(PipelineConfig(out=copy, size="tiny"))
+    assert capsys.readouterr().out.count("done before") == len(STAGES)
+
+
+def test_from_repeats_a_stage_and_what_follows(copy, monkeypatch):
+    made = []
+    for name in STAGES:
+        monkeypatch.setitem(pipeline.MAKE, name, lambda stage: made.append(stage.name) or {"before": 1.0, "after": 2.0})
+    monkeypatch.setattr(pipeline, "write_page", lambda config, notes: None)
+    monkeypatch.setattr(pipeline, "summary", lambda config, notes: [])
+    run(PipelineConfig(out=copy, size="tiny", from_="ppo"))
+    assert made == ["ppo", "dpo", "report"]
+
+
+def test_a_run_that_is_stopped_in_every_stage_ends_as_one_that_never_was(finished, tmp_path, monkeypatch):
+    """Each stage is interrupted when its folder is there and nothing is noted: the same command goes on, and the
+    models are the same bits as those of the run that went through."""
+    make, stopped = dict(pipeline.MAKE), set()
+
+    def stage_with_a_fault(name):
+        def interrupted(stage):
+            if name not in stopped:
+                stopped.add(name)
+                if name == "report":
+                    raise KeyboardInterrupt
+                make[name](stage)
+                for path in list(stage.folder.rglob("*.safetensors")):
+                    path.write_bytes(path.read_bytes()[:100])  # as a kill in the middle of writing would leave it
+                raise KeyboardInterrupt
+            return make[name](stage)
+
+        return interrupted
+
+    for name in STAGES:
+        monkeypatch.setitem(pipeline.MAKE, name, stage_with_a_fault(name))
+    config = PipelineConfig(out=tmp_path / "run", size="tiny")
+    for _ in STAGES:
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    notes = run(config)
+    for name in FILES:
+        assert (config.out / name).read_bytes() == (finished[0] / name).read_bytes(), name
+    measured = lambda notes: json.dumps(notes["stages"]["report"] | {"seconds": 0, "peak_memory": 0})
+    assert measured(notes) == measured(finished[1])
+
+
+def test_other_settings_are_refused_and_from_data_begins_again(copy, monkeypatch):
+    with pytest.raises(ValueError, match=r"was made with --seed 0: take another --out, or .* --from data"):
+        run(PipelineConfig(out=copy, size="tiny", seed=1))
+    with pytest.raises(ValueError, match="--size tiny"):
+        run(PipelineConfig(out=copy, size="small", from_="sft"))
+    begun = []
+    monkeypatch.setitem(pipeline.MAKE, "data", lambda stage: begun.append(stage.config.seed) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(PipelineConfig(out=copy, size="tiny", seed=1, from_="data"))
+    assert begun == [1]
+    assert json.loads((copy / pipeline.NOTES).read_text())["stages"] == {}
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("dear")
+    with pytest.raises(ValueError, match="is not empty, and was not made by the pipeline"):
+        run(PipelineConfig(out=tmp_path, size="tiny"))
+    with pytest.raises(ValueError, match="is a file"):
+        run(PipelineConfig(out=tmp_path / "thesis.txt", size="tiny"))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"seed": -1}, "--seed has to be a whole number from 0 on, and is -1"),
+        ({"seed": 1.5}, "--seed has to be a whole number"),
+        ({"skip_bad": -1}, "--skip-bad has to be"),
+        ({"sft_data": (Path("a"),)}, "--pretrain-data and --preference-data and --prompts are needed, too"),
+    ],
+)
+def test_wrong_settings_are_told(options, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        PipelineConfig(**options)
+
+
+def test_data_of_ones_own(finished, tmp_path, capsys):
+    """The files of the atlas as a user's: no gold reward, but every stage's own measure, and answers side by side."""
+    data = finished[0] / "data"
+    options = {
+        "pretrain_data": (str(data / "pretrain.jsonl"),),
+        "sft_data": (data / "sft.jsonl",),
+        "preference_data": (data / "preferences.jsonl",),
+        "prompts": (data / "prompts.jsonl",),
+    }
+    notes = run(PipelineConfig(out=tmp_path / "own", size="tiny", **options))
+    report = notes["stages"]["report"]
+    assert "gold" not in report["models"]["ppo"] and report["models"]["ppo"]["kl"] is not None
+    assert len(report["samples"]) == report["questions"] > 0
+    assert "gold reward" not in capsys.readouterr().out
+    assert "gold" not in (tmp_path / "own" / "report.html").read_text().lower()
+
+
+def test_a_mistake_in_ones_own_last_file_is_told_before_anything_is_trained(finished, tmp_path):
+    data = finished[0] / "data"
+    wrong = tmp_path / "prompts.jsonl"
+    wrong.write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    options = {
+        "pretrain_data": (str(data / "pretrain.jsonl"),),
+        "sft_data": (data / "sft.jsonl",),
+        "preference_data": (data / "preferences.jsonl",),
+        "prompts": (wrong,),
+    }
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:2: neither messages nor a prompt"):
+        run(PipelineConfig(out=tmp_path / "own", size="tiny", **options))
+    assert not (tmp_path / "own" / "pretrain").exists()
+
+
+def test_durations_and_memory_read_well():
+    assert [pipeline.duration(s) for s in (0.4, 59.6, 200, 3900)] == ["0 s", "1 min 0 s", "3 min 20 s", "1 h 5 min"]
+    pipeline.reset_peak_memory()
+    before = pipeline.peak_memory()
+    block = bytearray(64 << 20)
+    block[::4096] = b"x" * len(block[::4096])
+    assert pipeline.peak_memory() >= before + (60 << 20)
+
+
+def test_every_size_is_a_recipe_that_the_stages_accept(tmp_path):
+    for size in ("tiny", "default", "small", "medium"):
+        for own in ({}, {name: ("x",) if name == "pretrain_data" else (Path("x"),) for name in pipeline.OWN_DATA}):
+            config = PipelineConfig(out=tmp_path, size=size, **own)
+            stage = lambda name, config=config: pipeline.Stage(config, name)
+            pipeline.Prepare(inputs=("x",), **stage("tokenizer").told)
+            pipeline.pretrain.PretrainConfig(data=tmp_path, **stage("pretrain").shared)
+            pipeline.sft.SFTConfig(model=tmp_path, data=(tmp_path,), **stage("sft").chat)
+            pipeline.reward.RewardConfig(model=tmp_path, data=(tmp_path,), **stage("reward").chat)
+            pipeline.ppo.PPOConfig(model=tmp_path, reward=tmp_path, prompts=(tmp_path,), **stage("ppo").chat)
+            pipeline.dpo.DPOConfig(model=tmp_path, data=(tmp_path,), **stage("dpo").chat)
