@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import re
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -211,7 +212,7 @@ class Stage:
     @property
     def shared(self):
         """The settings that all trainers get."""
-        return {"out": self.folder, "overwrite": True, "seed": self.config.seed} | self.told
+        return {"out": self.folder, "seed": self.config.seed} | self.told
 
     @property
     def chat(self):
@@ -250,7 +251,6 @@ def make_tokenizer(stage):
     settings = Prepare(
         inputs=inputs,
         out=stage.folder,
-        overwrite=True,
         seed=stage.config.seed,
         skip_bad=stage.config.skip_bad,
         **stage.told,
@@ -450,7 +450,10 @@ def run(config):
         print(f"\n[{number}/{len(STAGES)}] {name}", flush=True)
         begin = time.perf_counter()
         reset_peak_memory()
-        found = MAKE[name](Stage(config, name))
+        stage = Stage(config, name)
+        for left in (stage.folder, stage.folder.with_name(f"{name}.partial")):  # by a run that was stopped
+            shutil.rmtree(left, ignore_errors=True)
+        found = MAKE[name](stage)
         done = {"seconds": time.perf_counter() - begin, "peak_memory": peak_memory()}
         notes["stages"][name] = done | found
         write_json(config.out / NOTES, notes)

@@ -116,10 +116,8 @@ def plot(folders, path, names=()):
     runs = {}
     for folder in folders:
         parts = Path(folder).resolve().parts
-        names_of = (
-            "/".join(parts[-n:]) for n in range(1, len(parts) + 1)
-        )  # a name that is taken gets its folder's, too
-        runs[next((name for name in names_of if name not in runs), str(folder))] = read_metrics(folder)
+        endings = ["/".join(parts[-n:]) for n in range(1, len(parts) + 1)]  # a/ppo and b/ppo are not both "ppo"
+        runs[next((name for name in endings if name not in runs), str(folder))] = read_metrics(folder)
     known = _known(runs, names)
     chosen = list(names) or sorted({"loss"} & known | {name for name in known if name.startswith("eval_")})
     panels = []
@@ -144,13 +142,13 @@ def draw(panels, path=None, columns=3):
         label: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
         for i, label in enumerate(labels)
     }
-    with _style() as Figure:
+    with _style() as new_figure:
         if path is None:
-            drawn = Markup("").join(_inline(panel, looks, Figure) for panel in panels)
+            drawn = Markup("").join(_inline(panel, looks, new_figure) for panel in panels)
             return Markup('<div class="panels" style="--columns:{}">{}</div>').format(columns, drawn)
         columns = min(columns, len(panels))
         rows = -(-len(panels) // columns)
-        figure = Figure(figsize=(4.6 * columns, 3.2 * rows), layout="constrained")
+        figure = new_figure(figsize=(4.6 * columns, 3.2 * rows), layout="constrained")
         for i, panel in enumerate(panels):
             _draw_panel(figure.add_subplot(rows, columns, i + 1), panel, looks)
         dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
@@ -169,10 +167,10 @@ def _style():
         yield extra("matplotlib.figure", "plot").Figure
 
 
-def _inline(panel, looks, Figure):
+def _inline(panel, looks, new_figure):
     """A panel as <svg>, cut down to what a page needs."""
     width, height = 4.6, 3.2
-    figure, file = Figure(figsize=(width, height), layout="constrained"), io.StringIO()
+    figure, file = new_figure(figsize=(width, height), layout="constrained"), io.StringIO()
     _draw_panel(figure.add_subplot(), panel, looks)
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(file, format="svg", metadata=metadata, facecolor="none", edgecolor="none")
@@ -206,8 +204,9 @@ def _draw_panel(axis, panel, looks):
         if len(values) > MANY:
             axis.plot(*thin(steps, values), color=look["color"], alpha=0.3, linewidth=0.7, zorder=1.5)
             steps, values = running_mean(steps, values)
-        if line.held_out or np.isfinite(values).sum() == 1:
-            look = look | {"marker": "o", "markevery": max(1, len(values) // 25)}
+        count = np.isfinite(values).sum()
+        if line.held_out or count == 1:  # one point is no line
+            look = look | {"marker": "o", "markevery": max(1, count // 25)}
         label = _entry(line.label) + ", held out" * line.held_out if line.label else "_"
         axis.plot(steps, values, label=label, **look)
     if panel.reference:
