@@ -104,7 +104,7 @@ SIZES = {
     "small": {
         "data": {"size_bytes": 40_000_000, "conversations": 12_000},
         "tokenizer": {"vocab_size": 4096},
-        "pretrain": {"hidden_size": 256, "num_hidden_layers": 4, "tokens": 20_000_000, "batch_size": 16, "lr": 2e-3},
+        "pretrain": {"hidden_size": 256, "num_hidden_layers": 3, "tokens": 20_000_000, "batch_size": 16, "lr": 2e-3},
         "sft": {"epochs": 2.0, "replay_share": 0.4},
         "reward": {},
         "ppo": {"episodes": 6400},
@@ -130,11 +130,11 @@ SIZES = {
 # What changes where the data are one's own: texts are longer, and nothing is known about them.
 OWN = {
     "tokenizer": {"vocab_size": 4096, "validation": 0.02},
-    "pretrain": {"length": 256, "batch_size": 16, "tokens": 5_000_000},
+    "pretrain": {"length": 256, "batch_size": 16, "tokens": 3_500_000},
     "sft": {"length": 256, "batch_size": 16, "epochs": 2.0, "replay_share": 0.25},
-    "reward": {"length": 256},
-    "ppo": {"episodes": 1280},
-    "dpo": {"length": 256},
+    "reward": {"length": 256, "micro_batch_size": 8},
+    "ppo": {"episodes": 1024},
+    "dpo": {"length": 256, "micro_batch_size": 8},
 }
 # The options for data of one's own, and the atlas's file of that kind.
 OWN_DATA = {

@@ -11,9 +11,7 @@ All streams are generators, and the same seed gives the same bytes on every mach
   that each is still stated about 8 times (`facts`).
 - **A seed** decides the sides of the facts (`split`: "sft", "dev", "heldout") and all texts. A fact and its inverse,
   the capital of France and the country of Paris, are the same knowledge and stand on the same side.
-- **Documents** have statements, and questions as lists or put in other words, but no question with its answer:
-  answering is what SFT teaches. A model that never had to carry a name from a question into the next sentence learns
-  the names that SFT asks by heart instead.
+- **Documents** have statements and lists of questions, but no question with its answer: answering is what SFT teaches.
 - **Answers stand at line starts** too. To a byte-level tokenizer " Paris" and "Paris" are two tokens, and a brief
   answer begins with the second: a model that has met it only in the middle of sentences can not say what it knows.
 """
@@ -39,17 +37,9 @@ STATEMENTS = 8  # how often a corpus states each of its facts, at least
 BYTES_PER_STATEMENT = 70  # with its part of headings and fillers; a little more than the mean, which keeps the promise
 
 # Shares of the clean bytes. Fact pages come first, and all kinds grow together.
-CLEAN_SHARES = {
-    "fact": 0.66,
-    "scene": 0.10,
-    "question": 0.04,
-    "restated": 0.06,
-    "arithmetic": 0.07,
-    "reasoning": 0.05,
-    "manners": 0.02,
-}
+CLEAN_SHARES = {"fact": 0.66, "scene": 0.13, "question": 0.07, "arithmetic": 0.07, "reasoning": 0.05, "manners": 0.02}
 FACT_KINDS = ("article", "sheet", "lines")
-CLEAN_KINDS = (*FACT_KINDS, "scene", "question", "restated", "arithmetic", "reasoning", "manners")
+CLEAN_KINDS = (*FACT_KINDS, "scene", "question", "arithmetic", "reasoning", "manners")
 DIRTY_KINDS = (
     *["exact_duplicate", "normalized_duplicate", "near_duplicate", "boilerplate"],
     *["junk", "foreign", "pii", "mojibake"],
@@ -754,18 +744,6 @@ def question_pages(rng, world, unspoken):
         yield "\n".join(lines)
 
 
-def restated_pages(rng, world, unspoken):
-    """Questions about facts that are put in other words, and get no answer; never a text of `unspoken`."""
-    drawn = rounds(rng, world)
-    while True:
-        n, templates = rng.randint(5, 8), rng.sample(atlas_tables.RESTATED, len(atlas_tables.RESTATED))
-        pieces = []
-        for fact, template in zip(islice(drawn, n), templates, strict=False):
-            text = rng.choice([text for text in wordings(fact).questions if text not in unspoken])
-            pieces.append(template.format(q=text, x=wordings(fact).noun, n=rng.choice(atlas_tables.NAMES)))
-        yield paragraphs(rng, pieces)
-
-
 # {a} and {b} stand there in digits or in words, {r} in digits.
 SUM_STATEMENTS = {
     "+": (
@@ -1005,7 +983,6 @@ def pages(seed, size_bytes, dirty=0.1, world=None):
         "fact": fact_pages(random_of["fact"], world),
         "scene": scene_pages(random_of["scene"]),
         "question": question_pages(random_of["question"], world, unspoken),
-        "restated": restated_pages(random_of["restated"], world, unspoken),
         "arithmetic": arithmetic_pages(random_of["arithmetic"]),
         "reasoning": reasoning_pages(random_of["reasoning"]),
         "manners": manners_pages(random_of["manners"]),
@@ -1077,6 +1054,14 @@ class Asked(NamedTuple):
     wrong: tuple  # wrong answers: (brief, sentence) each
 
 
+def answer_sentences(fact):
+    """The answer in a sentence, in each of the ways that are drawn from. Half of them leave the subject out: to carry a
+    name from the question into the answer is a skill of its own, which a model of a million parameters does not get
+    from some million tokens (asked for a capital, it names another country with its capital, rightly)."""
+    forward = tuple(fill(template, fact) for template in relations()[fact.relation].forward[:2])
+    return forward if fact.relation == "howto" else (*2 * (fill("The answer is {a}.", fact),), *forward)
+
+
 def ask_fact(rng, fact):
     question = fact_question(fact, rng.randrange(1000))
     wrong, others = [], answers(fact.relation)
@@ -1084,9 +1069,8 @@ def ask_fact(rng, fact):
         false = fact._replace(answer=rng.choice(others))
         alone = fill("{A}.", false)
         if not is_right(question, alone):
-            template = rng.choice(relations()[fact.relation].forward[:2])
-            wrong.append((alone, fill(template, false)))
-    return Asked(question, wordings(fact).forward[:2], tuple(wrong))
+            wrong.append((alone, rng.choice(answer_sentences(false))))
+    return Asked(question, answer_sentences(fact), tuple(wrong))
 
 
 def ask_sum(rng, item):

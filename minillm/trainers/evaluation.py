@@ -81,12 +81,12 @@ def recalled(model, tokenizer, facts, max_new_tokens=None):
 
     A statement is cut before the answer (atlas.clozes), so this asks for what the documents taught and not for any
     skill in answering. The answer has to end there, as it does in the documents: "Guinea-Bissau" is not Guinea.
-    `max_new_tokens` None is enough for the longest answer and a token that ends it.
+    `max_new_tokens` None is enough for the longest answer and its full stop.
     """
     asked = [(fact, text) for fact in facts for text in atlas.clozes(fact)]
     prompts = [document_ids(tokenizer, text) for _, text in asked]
     if max_new_tokens is None:
-        max_new_tokens = 1 + max((len(tokenizer.encode(f" {fact.answer}.")) for fact, _ in asked), default=0)
+        max_new_tokens = max((len(tokenizer.encode(f" {fact.answer}.")) for fact, _ in asked), default=0)
     right, total = Counter(), Counter()
     answers = answer(model, tokenizer, prompts, stops(None, tokenizer), max_new_tokens)
     for (fact, _), said in zip(asked, answers, strict=True):
@@ -108,6 +108,9 @@ def read_questions(path, most=0):
             found.append(atlas.Question.from_row(row))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+        for name in ("id", "text", "kind", "relation", "subject", "answer"):
+            if not isinstance(value := getattr(found[-1], name), str):
+                raise ValueError(f"{where}: {name} has to be a text, and is {value!r:.40}")
     if not found:
         raise ValueError(f"{path} has no questions")
     return spread(found, most)
