@@ -82,6 +82,7 @@ MODELS = {"base": "pretrain", "sft": "sft", "ppo": "ppo", "dpo": "dpo"}  # what 
 
 # What each stage is told, where it differs from the stage's own defaults. The lengths come from measurements: see the
 # README. Every size is a world of its own: a model holds a fact after some hundred statements of it, in many wordings.
+SHORT = {"length": 128, "held_out": 0.03}  # the atlas's conversations are short and many
 SIZES = {
     "tiny": {
         "data": {"size_bytes": 400_000, "most_facts": 100, "conversations": 1000},
@@ -93,13 +94,13 @@ SIZES = {
         "dpo": {},
     },
     "default": {
-        "data": {"size_bytes": 16_000_000, "most_facts": 750, "conversations": 6000},
-        "tokenizer": {"vocab_size": 2048},
-        "pretrain": {"tokens": 5_000_000, "batch_size": 8, "lr": 4e-3, "weight_decay": 0.02, "eval_every": 500},
-        "sft": {"length": 128, "batch_size": 8, "epochs": 2.0, "lr": 1e-3, "replay_share": 0.4, "eval_every": 100},
-        "reward": {"epochs": 1.0},
-        "ppo": {"episodes": 3200},
-        "dpo": {},
+        "data": {"size_bytes": 16_000_000, "most_facts": 600, "conversations": 16_000},
+        "tokenizer": {"vocab_size": 2048, "validation": 0.005},
+        "pretrain": {"tokens": 5_000_000, "batch_size": 8, "weight_decay": 0.02, "eval_every": 500},
+        "sft": {**SHORT, "epochs": 1.5, "lr": 2e-3, "batch_size": 8, "replay_share": 0.4, "eval_every": 150},
+        "reward": {**SHORT, "epochs": 1.0, "lr": 1.5e-3, "batch_size": 16, "micro_batch_size": 4, "eval_every": 250},
+        "ppo": {"episodes": 3200, "max_new_tokens": 32},
+        "dpo": {**SHORT, "epochs": 0.5, "batch_size": 16, "micro_batch_size": 4},
     },
     "small": {
         "data": {"size_bytes": 40_000_000, "conversations": 12_000},

@@ -219,8 +219,19 @@ def test_only_lists_of_questions_ask_and_they_do_not_answer(corpus, world):
         if page["kind"] == "question":
             lines = page["text"].split("\n")
             assert lines[0] in titles | known and set(lines[1:]) <= known
+        elif page["kind"] == "restated":
+            asked = re.findall('"(.*?)"', page["text"])
+            assert len(asked) >= 5 and set(asked) <= known
         elif page["kind"] in (*atlas.CLEAN_KINDS, "boilerplate", "foreign"):
             assert "?" not in page["text"]
+
+
+def test_a_question_that_is_restated_gets_no_answer(corpus, world):
+    """A page may name an answer in another question (Paris is asked for, and asked about), but states nothing."""
+    stated = {text for fact in world for text in (*atlas.wordings(fact).forward, *atlas.wordings(fact).starts)}
+    for page in corpus:
+        if page["kind"] == "restated":
+            assert not any(sentence in stated for sentence in re.split(r"(?<=[.?\"]) ", page["text"]))
 
 
 def test_clean_pages_are_prose_of_some_length_and_never_the_same(corpus):

@@ -11,7 +11,8 @@ All streams are generators, and the same seed gives the same bytes on every mach
   that each is still stated about 8 times (`facts`).
 - **A seed** decides the sides of the facts (`split`: "sft", "dev", "heldout") and all texts. A fact and its inverse,
   the capital of France and the country of Paris, are the same knowledge and stand on the same side.
-- **Documents** have statements and lists of questions, but no question with its answer: answering is what SFT teaches.
+- **Documents** have statements, and questions in lists or put in other words, but no question with its answer:
+  answering is what SFT teaches. Where a question is put in other words, a model learns what its wording asks for.
 - **Answers stand at line starts** too. To a byte-level tokenizer " Paris" and "Paris" are two tokens, and a brief
   answer begins with the second: a model that has met it only in the middle of sentences can not say what it knows.
 """
@@ -37,9 +38,12 @@ STATEMENTS = 8  # how often a corpus states each of its facts, at least
 BYTES_PER_STATEMENT = 70  # with its part of headings and fillers; a little more than the mean, which keeps the promise
 
 # Shares of the clean bytes. Fact pages come first, and all kinds grow together.
-CLEAN_SHARES = {"fact": 0.66, "scene": 0.13, "question": 0.07, "arithmetic": 0.07, "reasoning": 0.05, "manners": 0.02}
+CLEAN_SHARES = {
+    **{"fact": 0.66, "scene": 0.08, "question": 0.04, "restated": 0.08},
+    **{"arithmetic": 0.07, "reasoning": 0.05, "manners": 0.02},
+}
 FACT_KINDS = ("article", "sheet", "lines")
-CLEAN_KINDS = (*FACT_KINDS, "scene", "question", "arithmetic", "reasoning", "manners")
+CLEAN_KINDS = (*FACT_KINDS, "scene", "question", "restated", "arithmetic", "reasoning", "manners")
 DIRTY_KINDS = (
     *["exact_duplicate", "normalized_duplicate", "near_duplicate", "boilerplate"],
     *["junk", "foreign", "pii", "mojibake"],
@@ -744,6 +748,18 @@ def question_pages(rng, world, unspoken):
         yield "\n".join(lines)
 
 
+def restated_pages(rng, world, unspoken):
+    """Questions about facts that are put in other words, and get no answer; never a text of `unspoken`."""
+    drawn = rounds(rng, world)
+    while True:
+        n, templates = rng.randint(5, 8), rng.sample(atlas_tables.RESTATED, len(atlas_tables.RESTATED))
+        pieces = []
+        for fact, template in zip(islice(drawn, n), templates, strict=False):
+            text = rng.choice([text for text in wordings(fact).questions if text not in unspoken])
+            pieces.append(template.format(q=text, x=wordings(fact).noun, n=rng.choice(atlas_tables.NAMES)))
+        yield paragraphs(rng, pieces)
+
+
 # {a} and {b} stand there in digits or in words, {r} in digits.
 SUM_STATEMENTS = {
     "+": (
@@ -983,6 +999,7 @@ def pages(seed, size_bytes, dirty=0.1, world=None):
         "fact": fact_pages(random_of["fact"], world),
         "scene": scene_pages(random_of["scene"]),
         "question": question_pages(random_of["question"], world, unspoken),
+        "restated": restated_pages(random_of["restated"], world, unspoken),
         "arithmetic": arithmetic_pages(random_of["arithmetic"]),
         "reasoning": reasoning_pages(random_of["reasoning"]),
         "manners": manners_pages(random_of["manners"]),
@@ -1034,7 +1051,6 @@ def dirty_page(rng, kind, original):
 # ------------------------------------------------------------------ conversations
 
 
-POLITE_STARTS = ("Of course", "Certainly", "Gladly")
 SMALL_TALK = (
     ("Hello!", "Hello! How can I help you?"),
     ("Good morning!", "Good morning! What would you like to know?"),
@@ -1054,12 +1070,18 @@ class Asked(NamedTuple):
     wrong: tuple  # wrong answers: (brief, sentence) each
 
 
+ANSWERS = ("{A} is the answer.", "{A} is the answer to your question.", "{A} is what you are looking for.")
+
+
 def answer_sentences(fact):
-    """The answer in a sentence, in each of the ways that are drawn from. Half of them leave the subject out: to carry a
-    name from the question into the answer is a skill of its own, which a model of a million parameters does not get
-    from some million tokens (asked for a capital, it names another country with its capital, rightly)."""
-    forward = tuple(fill(template, fact) for template in relations()[fact.relation].forward[:2])
-    return forward if fact.relation == "howto" else (*2 * (fill("The answer is {a}.", fact),), *forward)
+    """The answer in a sentence, in each of the ways that are drawn from.
+
+    They begin with the answer and leave the subject out. To carry a name from the question into the answer is a skill
+    of its own, which a model of a million parameters does not get from some million tokens: asked for the currency of
+    Egypt, it says that the currency of Kenya is the Kenyan shilling.
+    """
+    templates = relations()[fact.relation].forward[:2] if fact.relation == "howto" else ANSWERS
+    return tuple(fill(template, fact) for template in templates)
 
 
 def ask_fact(rng, fact):
@@ -1077,8 +1099,8 @@ def ask_sum(rng, item):
     question = sum_question(item, rng.randrange(12))
     a, operator, b, result = item
     near = [n for d in (-3, -2, -1, 1, 2, 3, 10) if (n := result + d) > 0 and n not in (a, b)]
-    say = lambda n: f"{a} {OPERATORS[operator][0]} {b} is {n}."
-    return Asked(question, (say(result),), tuple((f"{n}.", say(n)) for n in rng.sample(near, 2)))
+    ways = lambda n: tuple(template.format(A=n) for template in ANSWERS)
+    return Asked(question, ways(result), tuple((f"{n}.", rng.choice(ways(n))) for n in rng.sample(near, 2)))
 
 
 def ask_riddle(rng, item):
@@ -1130,10 +1152,8 @@ def instructions(seed, n, brief_share=0.15, world=None):
             return rng.choice(REFUSALS), "refusal"
         if rng.random() < brief_share:
             return brief(item.question), "brief"
-        sentence, style = rng.choice(item.sentences), rng.random()
-        if style < 0.2:
-            return f"{sentence} {rng.choice(atlas_tables.POLITE_ENDS)}", "sentence"
-        return (after_colon(rng.choice(POLITE_STARTS), sentence) if style < 0.35 else sentence), "sentence"
+        sentence = rng.choice(item.sentences)
+        return (f"{sentence} {rng.choice(atlas_tables.POLITE_ENDS)}" if rng.random() < 0.3 else sentence), "sentence"
 
     for _ in range(n):
         kind = rng.random()
@@ -1152,9 +1172,10 @@ def instructions(seed, n, brief_share=0.15, world=None):
 
 
 def after_colon(start, sentence):
-    """A sentence behind the words `start` and a colon, in lower case unless a name begins it."""
-    first = sentence.split(" ")[0]
-    if first in ("The", "In", "On", "To", "A", "An", "If", "Together", "We", "Today", "When", "Chemists", "Counted"):
+    """A sentence behind the words `start` and a colon, in lower case unless a name begins it (In is indium)."""
+    first, second = sentence.split(" ")[:2]
+    common = ("The", "In", "On", "To", "A", "An", "If", "Together", "We", "Today", "When", "Chemists", "Counted")
+    if first in common and second != "is":
         sentence = sentence[0].lower() + sentence[1:]
     return f"{start}: {sentence}"
 
@@ -1191,6 +1212,7 @@ def responses(rng, item):
         "rude": after_colon(rng.choice(atlas_tables.RUDE_STARTS), sentence),
         "wrong": wrong,
         "wrong sentence": wrong_sentence,
+        "wrong rambling": f"{wrong_sentence} {rng.choice(RAMBLINGS)}",  # else whatever is long would be right
         "wrong refusal": refusal,
     }
 

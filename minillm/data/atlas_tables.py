@@ -1437,6 +1437,20 @@ Think about these before you open the book.
 Our guests asked many things.
 """)
 
+# {q} is a question, {x} what it asks for, {n} who asks.
+RESTATED = lines("""
+"{q}" asked {n}. Nobody spoke about {x} on that evening.
+{n} asked: "{q}" So {n} would like to know {x}.
+"{q}" stands on the next card. The card asks for {x}.
+{n} read aloud: "{q}" Everybody began to look for {x}.
+"{q}" Whoever can tell {x} may raise a hand.
+"{q}" said {n}, and wrote a note about {x} on the list for tomorrow.
+{n} came back with a new question: "{q}" The question is about {x}.
+"{q}" {n} had to think about {x} for a long while.
+{n} wanted to find out {x}, and this was the question: "{q}"
+The search for {x} began when {n} asked: "{q}"
+""")
+
 SUM_PROSE = lines("""
 Read this aloud and then write it down once more.
 Whoever is not sure may count on the fingers or with a handful of beans.
