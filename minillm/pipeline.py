@@ -94,13 +94,13 @@ SIZES = {
         "dpo": {},
     },
     "default": {
-        "data": {"size_bytes": 16_000_000, "most_facts": 600, "conversations": 16_000},
+        "data": {"size_bytes": 18_000_000, "most_facts": 750, "conversations": 16_000, "pairs": 24_000},
         "tokenizer": {"vocab_size": 2048, "validation": 0.005},
-        "pretrain": {"tokens": 5_000_000, "batch_size": 8, "weight_decay": 0.02, "eval_every": 500},
-        "sft": {**SHORT, "epochs": 1.5, "lr": 2e-3, "batch_size": 8, "replay_share": 0.4, "eval_every": 150},
-        "reward": {**SHORT, "epochs": 1.0, "lr": 1.5e-3, "batch_size": 16, "micro_batch_size": 4, "eval_every": 250},
+        "pretrain": {"tokens": 5_500_000, "batch_size": 8, "weight_decay": 0.02, "eval_every": 500},
+        "sft": {**SHORT, "epochs": 1.25, "lr": 1e-3, "batch_size": 8, "replay_share": 0.35, "eval_every": 150},
+        "reward": {**SHORT, "lr": 1e-3, "batch_size": 16, "micro_batch_size": 4, "eval_every": 500},
         "ppo": {"episodes": 3200, "max_new_tokens": 32},
-        "dpo": {**SHORT, "epochs": 0.5, "batch_size": 16, "micro_batch_size": 4},
+        "dpo": {**SHORT, "epochs": 0.3, "batch_size": 16, "micro_batch_size": 4},
     },
     "small": {
         "data": {"size_bytes": 40_000_000, "conversations": 12_000},

@@ -43,6 +43,7 @@ CLEAN_SHARES = {
     **{"arithmetic": 0.07, "reasoning": 0.05, "manners": 0.02},
 }
 FACT_KINDS = ("article", "sheet", "lines")
+TURNS = ("article", "sheet", "lines", "sheet")  # sheets twice: they go from what is asked for to the answer alone
 CLEAN_KINDS = (*FACT_KINDS, "scene", "question", "restated", "arithmetic", "reasoning", "manners")
 DIRTY_KINDS = (
     *["exact_duplicate", "normalized_duplicate", "near_duplicate", "boilerplate"],
@@ -50,6 +51,7 @@ DIRTY_KINDS = (
 )
 
 HELDOUT_PREFERENCES = 500
+SAME_WAY = 0.5  # of the preferences, which differ in truth alone: a reward model learns that last, manners at once
 SIDES = ("sft", "dev", "heldout")
 SHARES = {"sft": 0.67, "dev": 0.08, "heldout": 0.25}
 
@@ -700,7 +702,7 @@ def fact_pages(rng, world):
     drawn, order = Turns(rng), {topic: i for i, topic in enumerate(TOPICS)}
     for turn in count():
         for topic, page in fact_units(rng, world, together=turn % 2 == 1):
-            kind = FACT_KINDS[(turn + order[topic]) % 3]
+            kind = TURNS[(turn + order[topic]) % len(TURNS)]
             page = rng.sample(page, len(page))
             opening = drawn.next("opening", atlas_tables.OPENINGS).format(t=about(rng, topic, page))
             closing = [drawn.next("closing", atlas_tables.CLOSINGS)] if rng.random() < 0.5 else []
@@ -1153,7 +1155,7 @@ def instructions(seed, n, brief_share=0.15, world=None):
         if rng.random() < brief_share:
             return brief(item.question), "brief"
         sentence = rng.choice(item.sentences)
-        return (f"{sentence} {rng.choice(atlas_tables.POLITE_ENDS)}" if rng.random() < 0.3 else sentence), "sentence"
+        return (f"{sentence} {rng.choice(atlas_tables.POLITE_ENDS)}" if rng.random() < 0.7 else sentence), "sentence"
 
     for _ in range(n):
         kind = rng.random()
@@ -1232,6 +1234,8 @@ def preferences(seed, n, noise=0.1, world=None, side="sft"):
         family = responses(rng, item)
         gold = {name: gold_reward(question, text).total for name, text in family.items()}
         pairs = [(a, b) for a, b in combinations(family, 2) if gold[a] != gold[b]]
+        if rng.random() < SAME_WAY:
+            pairs = [pair for pair in pairs if pair in (("brief", "wrong"), ("sentence", "wrong sentence"))] or pairs
         better, worse = sorted(rng.choice(pairs), key=gold.get, reverse=True)
         flipped = rng.random() < noise
         chosen, rejected = (worse, better) if flipped else (better, worse)
@@ -1253,7 +1257,7 @@ def prompts(seed, n, world=None):
 # ------------------------------------------------------------------ files
 
 
-def write(folder, seed, size_bytes, dirty=0.1, noise=0.1, conversations=None, most_facts=None):
+def write(folder, seed, size_bytes, dirty=0.1, noise=0.1, conversations=None, pairs=None, most_facts=None):
     """Writes a world into `folder` and returns its record, the content of atlas.json.
 
     `size_bytes` counts the text of the documents; as JSON Lines they are about 8 percent more.
@@ -1265,7 +1269,8 @@ def write(folder, seed, size_bytes, dirty=0.1, noise=0.1, conversations=None, mo
     atlas.json         seed and sizes; of each file rows, bytes and sha256; pages and bytes of each kind; facts of each
                        relation and side; how often the corpus states a fact (least and median)
 
-    conversations   rows of sft.jsonl, and of preferences.jsonl; None: one for 250 bytes, between 1,000 and 20,000
+    conversations   rows of sft.jsonl; None: one for 250 bytes, between 1,000 and 20,000
+    pairs           rows of preferences.jsonl; None: as many
     most_facts      see `facts`
     """
     folder = Path(folder)
@@ -1286,7 +1291,7 @@ def write(folder, seed, size_bytes, dirty=0.1, noise=0.1, conversations=None, mo
     files = {
         "pretrain.jsonl": counted(),
         "sft.jsonl": instructions(seed, n, world=world),
-        "preferences.jsonl": preferences(seed, n, noise, world),
+        "preferences.jsonl": preferences(seed, n if pairs is None else pairs, noise, world),
         "prompts.jsonl": prompts(seed, max(n // 4, 1), world),
         "dev.jsonl": (q.row() for q in questions(seed, "dev", world)),
         "heldout.jsonl": (q.row() for q in questions(seed, "heldout", world)),
