@@ -85,22 +85,22 @@ MODELS = {"base": "pretrain", "sft": "sft", "ppo": "ppo", "dpo": "dpo"}  # what 
 SHORT = {"length": 128, "held_out": 0.03}  # the atlas's conversations are short and many
 SIZES = {
     "tiny": {
-        "data": {"size_bytes": 400_000, "most_facts": 100, "conversations": 1000},
+        "data": {"size_bytes": 600_000, "most_facts": 100, "conversations": 1500},
         "tokenizer": {"vocab_size": 1024},
-        "pretrain": {"hidden_size": 64, "num_hidden_layers": 2, "tokens": 250_000, "batch_size": 16, "length": 64},
-        "sft": {"epochs": 1.0},
-        "reward": {},
-        "ppo": {"episodes": 640, "value_warmup": 2},
-        "dpo": {},
+        "pretrain": {"hidden_size": 64, "num_hidden_layers": 2, "tokens": 400_000, "batch_size": 8, "length": 64},
+        "sft": {**SHORT, "epochs": 2.0, "lr": 3e-3, "batch_size": 8, "eval_every": 50, "eval_questions": 64},
+        "reward": {**SHORT, "epochs": 0.5, "lr": 2e-3, "batch_size": 16, "micro_batch_size": 4},
+        "ppo": {"episodes": 320, "batch_size": 32, "value_warmup": 2, "max_new_tokens": 16, "eval_questions": 64},
+        "dpo": {**SHORT, "epochs": 0.5, "batch_size": 16, "micro_batch_size": 4, "eval_questions": 64},
     },
     "default": {
-        "data": {"size_bytes": 18_000_000, "most_facts": 750, "conversations": 16_000, "pairs": 24_000},
+        "data": {"size_bytes": 18_000_000, "most_facts": 750, "conversations": 16_000, "pairs": 32_000},
         "tokenizer": {"vocab_size": 2048, "validation": 0.005},
         "pretrain": {"tokens": 5_500_000, "batch_size": 8, "weight_decay": 0.02, "eval_every": 500},
         "sft": {**SHORT, "epochs": 1.25, "lr": 1e-3, "batch_size": 8, "replay_share": 0.35, "eval_every": 150},
         "reward": {**SHORT, "lr": 1e-3, "batch_size": 16, "micro_batch_size": 4, "eval_every": 500},
-        "ppo": {"episodes": 3200, "max_new_tokens": 32},
-        "dpo": {**SHORT, "epochs": 0.3, "batch_size": 16, "micro_batch_size": 4},
+        "ppo": {"episodes": 1920, "max_new_tokens": 32, "eval_every": 10},
+        "dpo": {**SHORT, "epochs": 0.25, "batch_size": 16, "micro_batch_size": 4},
     },
     "small": {
         "data": {"size_bytes": 40_000_000, "conversations": 12_000},
@@ -380,16 +380,18 @@ def answers_to_questions(stage, models):
         "questions": len(questions),
         "known": len(known),
         "asked": len(facts),
-        "clean_pairs": clean_pairs(stage, template, tokenizer),
+        "clean_pairs": clean_pairs(stage, "clean_preferences.jsonl"),
+        "heldout_pairs": clean_pairs(stage, "heldout_preferences.jsonl"),
         "models": found,
         "samples": samples,
     }
 
 
-def clean_pairs(stage, template, tokenizer):
-    """The reward model's accuracy on pairs about held-out facts, where no label was flipped."""
-    model = load_with_head(stage.at("reward"), "scalar")
-    pairs = read_files((stage.at("data", "heldout_preferences.jsonl"),), read_preferences)
+def clean_pairs(stage, file):
+    """The reward model's accuracy on pairs of the atlas that it has not seen, where no label was flipped."""
+    folder = stage.at("reward")
+    model, tokenizer, template = load_with_head(folder, "scalar"), load_tokenizer(folder), template_of(folder)
+    pairs = read_files((stage.at("data", file),), read_preferences)
     examples = encode_preferences(pairs, template, tokenizer, model.config.max_position_embeddings - 1)
     return reward.measure(model, examples, padding_of(tokenizer))["eval_accuracy"]
 
@@ -593,8 +595,10 @@ def summary(config, notes):
     yield ""
     yield from table_lines(*judged_table(stages["report"]))
     yield ""
-    if "clean_pairs" in stages["report"]:
-        yield f"reward model on pairs about held-out facts: {percent(stages['report']['clean_pairs'])} ranked right"
+    report = stages["report"]
+    if "clean_pairs" in report:
+        asked, held = percent(report["clean_pairs"]), percent(report["heldout_pairs"])
+        yield f"reward model: {asked} of clean pairs ranked right about facts it was asked, {held} about held-out facts"
     total = duration(sum(found["seconds"] for found in stages.values()))
     yield f"{stages['pretrain']['parameters']:,} parameters, seed {config.seed}, {total}: {config.out / 'report.html'}"
     yield f"python scripts/chat.py {config.out / 'ppo'}"

@@ -63,10 +63,11 @@ def tables(reports):
             *[percent(r["models"][name]["known_facts"]) for name in ("sft", "ppo", "dpo")],
             *[f"{r['models'][name]['gold']:.3f}" for name in ("sft", "ppo", "dpo")],
             percent(r["clean_pairs"]),
+            percent(r["heldout_pairs"]),
         )
         for seed, r in reports.items()
     ]
-    columns = ("", "facts held", "right: sft", "ppo", "dpo", "gold: sft", "ppo", "dpo", "clean pairs")
+    columns = ("", "facts held", "right: sft", "ppo", "dpo", "gold: sft", "ppo", "dpo", "clean pairs", "held out")
     yield columns, rows
 
 

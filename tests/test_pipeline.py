@@ -17,7 +17,7 @@ from minillm.pipeline import STAGES, PipelineConfig, run
 MICRO = {
     "data": {"size_bytes": 60_000, "most_facts": 100, "conversations": 60},
     "tokenizer": {"vocab_size": 512, "validation": 0.1},
-    "pretrain": {"hidden_size": 16, "num_hidden_layers": 1, "tokens": 8_000, "batch_size": 8, "length": 64, "samples": 1},
+    "pretrain": {"hidden_size": 16, "num_hidden_layers": 1, "tokens": 8_000, "batch_size": 8, "length": 64},
     "sft": {"epochs": 0.5, "batch_size": 8, "length": 128, "eval_questions": 8, "samples": 1},
     "reward": {"epochs": 0.5, "samples": 1},
     "ppo": {"episodes": 32, "batch_size": 8, "value_warmup": 1, "eval_questions": 8, "reference_samples": 8,

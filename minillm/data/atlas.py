@@ -50,7 +50,7 @@ DIRTY_KINDS = (
     *["junk", "foreign", "pii", "mojibake"],
 )
 
-HELDOUT_PREFERENCES = 500
+CLEAN_PREFERENCES = 500
 SAME_WAY = 0.5  # of the preferences, which differ in truth alone: a reward model learns that last, manners at once
 SIDES = ("sft", "dev", "heldout")
 SHARES = {"sft": 0.67, "dev": 0.08, "heldout": 0.25}
@@ -1099,7 +1099,7 @@ def ask_fact(rng, fact):
 
 def ask_sum(rng, item):
     question = sum_question(item, rng.randrange(12))
-    a, operator, b, result = item
+    a, _, b, result = item
     near = [n for d in (-3, -2, -1, 1, 2, 3, 10) if (n := result + d) > 0 and n not in (a, b)]
     ways = lambda n: tuple(template.format(A=n) for template in ANSWERS)
     return Asked(question, ways(result), tuple((f"{n}.", rng.choice(ways(n))) for n in rng.sample(near, 2)))
@@ -1219,15 +1219,14 @@ def responses(rng, item):
     }
 
 
-def preferences(seed, n, noise=0.1, world=None, side="sft"):
+def preferences(seed, n, noise=0.1, world=None, side="sft", name="preferences"):
     """n pairs {"prompt", "chosen", "rejected", "kind", "pair", "flipped"} about facts of a side; all strings.
 
     Two of the `responses` to a question, the one with the higher gold reward chosen (ties are not drawn); with
-    probability `noise` the label is flipped. "pair" names the two in their true order.
+    probability `noise` the label is flipped. Another `name` draws others. "pair" names the two in their true order.
     """
     if not 0 <= noise <= 0.5:
         raise ValueError(f"noise is {noise}, and has to be a probability from 0 to 0.5")
-    name = "preferences" if side == "sft" else f"preferences/{side}"
     rng, source = stream(seed, name), asked(seed, f"{name}/questions", world, side)
     for item in islice(source, n):
         question = item.question
@@ -1265,7 +1264,7 @@ def write(folder, seed, size_bytes, dirty=0.1, noise=0.1, conversations=None, pa
     pretrain.jsonl     `corpus`                    sft.jsonl       `instructions`
     preferences.jsonl  `preferences`               prompts.jsonl   `prompts`, a quarter as many
     dev.jsonl, heldout.jsonl   `questions`, as rows
-    heldout_preferences.jsonl  500 `preferences` about the held-out facts, none flipped
+    clean_preferences.jsonl, heldout_preferences.jsonl   500 more each, none flipped, the latter about held-out facts
     atlas.json         seed and sizes; of each file rows, bytes and sha256; pages and bytes of each kind; facts of each
                        relation and side; how often the corpus states a fact (least and median)
 
@@ -1295,7 +1294,8 @@ def write(folder, seed, size_bytes, dirty=0.1, noise=0.1, conversations=None, pa
         "prompts.jsonl": prompts(seed, max(n // 4, 1), world),
         "dev.jsonl": (q.row() for q in questions(seed, "dev", world)),
         "heldout.jsonl": (q.row() for q in questions(seed, "heldout", world)),
-        "heldout_preferences.jsonl": preferences(seed, HELDOUT_PREFERENCES, 0.0, world, "heldout"),
+        "clean_preferences.jsonl": preferences(seed, CLEAN_PREFERENCES, 0.0, world, "sft", "clean"),
+        "heldout_preferences.jsonl": preferences(seed, CLEAN_PREFERENCES, 0.0, world, "heldout", "heldout"),
     }
     record = {
         **{"seed": seed, "size_bytes": size_bytes, "dirty": dirty, "noise": noise},
