@@ -249,10 +249,11 @@ def wordings(fact):
 
 
 def clozes(fact):
-    """The statements about a fact that end with its answer, cut before it, as a list: what a document would go on with
-    tells whether the model holds the fact, before it has learned to answer."""
-    end = f" {fact.answer}.".replace("..", ".")  # as in fill
-    return [text.removesuffix(end) for text in wordings(fact).forward if text.endswith(end)]
+    """What documents say before a fact's answer, as a list: the statements that end with it, cut before it, and some
+    headings of sheets. What a model goes on with tells whether it holds the fact, before it has learned to answer."""
+    said, end = wordings(fact), f" {fact.answer}.".replace("..", ".")  # as in fill
+    headings = [text.format(n=said.noun, N=capital(said.noun)) + "\n" for text in atlas_tables.HEADINGS[:3]]
+    return [text.removesuffix(end) for text in said.forward if text.endswith(end)] + headings
 
 
 @cache

@@ -79,8 +79,9 @@ def document_ids(tokenizer, text):
 def recalled(model, tokenizer, facts, max_new_tokens=None):
     """{fact: the share of its statements that the model completes with the fact's answer, taking the likeliest token}.
 
-    A statement is cut before the answer (atlas.clozes), so this asks for what the documents taught and not for any
-    skill in answering. The answer has to end there, as it does in the documents: "Guinea-Bissau" is not Guinea.
+    A statement, or a heading, is cut before the answer (atlas.clozes), so this asks for what the documents taught and
+    not for any skill in answering. The answer has to end there, as it does in the documents: "Guinea-Bissau" is not
+    Guinea.
     `max_new_tokens` None is enough for the longest answer and its full stop.
     """
     asked = [(fact, text) for fact in facts for text in atlas.clozes(fact)]
@@ -91,7 +92,8 @@ def recalled(model, tokenizer, facts, max_new_tokens=None):
     answers = answer(model, tokenizer, prompts, stops(None, tokenizer), max_new_tokens)
     for (fact, _), said in zip(asked, answers, strict=True):
         name, text = fact.answer.removesuffix("."), said.text + "\n" * said.ended
-        right[fact] += bool(re.match(rf"\s*{re.escape(name)}[.,;:!?\n]", text))
+        names = f"{re.escape(name)}|{re.escape(atlas.capital(name))}"  # it may begin a line
+        right[fact] += bool(re.match(rf"\s*({names})[.,;:!?\n]", text))
         total[fact] += 1
     return {fact: right[fact] / total[fact] for fact in total}
 
