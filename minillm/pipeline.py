@@ -94,10 +94,10 @@ SIZES = {
         "dpo": {**SHORT, "epochs": 0.5, "batch_size": 16, "micro_batch_size": 4, "eval_questions": 64},
     },
     "default": {
-        "data": {"size_bytes": 18_000_000, "most_facts": 750, "conversations": 16_000, "pairs": 32_000},
+        "data": {"size_bytes": 18_000_000, "most_facts": 750, "conversations": 16_000, "pairs": 24_000},
         "tokenizer": {"vocab_size": 2048, "validation": 0.005},
         "pretrain": {"tokens": 5_500_000, "batch_size": 8, "weight_decay": 0.02, "eval_every": 500},
-        "sft": {**SHORT, "epochs": 1.25, "lr": 1e-3, "batch_size": 8, "replay_share": 0.35, "eval_every": 150},
+        "sft": {**SHORT, "epochs": 1.25, "lr": 7e-4, "batch_size": 8, "replay_share": 0.5, "eval_every": 200},
         "reward": {**SHORT, "lr": 1e-3, "batch_size": 16, "micro_batch_size": 4, "eval_every": 500},
         "ppo": {"episodes": 1920, "max_new_tokens": 32, "eval_every": 10},
         "dpo": {**SHORT, "epochs": 0.25, "batch_size": 16, "micro_batch_size": 4},

@@ -51,7 +51,7 @@ DIRTY_KINDS = (
 )
 
 CLEAN_PREFERENCES = 500
-SAME_WAY = 0.5  # of the preferences, which differ in truth alone: a reward model learns that last, manners at once
+SAME_WAY = 0.7  # of the preferences, which differ in truth alone: a reward model learns that last, manners at once
 SIDES = ("sft", "dev", "heldout")
 SHARES = {"sft": 0.67, "dev": 0.08, "heldout": 0.25}
 
