@@ -183,7 +183,7 @@ def _texts(cls):
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     for field, text in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            found[field.target.id] = ast.literal_eval(text.value), field.lineno > end + 1
+            found[field.target.id] = " ".join(ast.literal_eval(text.value).split()), field.lineno > end + 1
             end = text.end_lineno
     return found
 

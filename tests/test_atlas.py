@@ -489,6 +489,15 @@ def test_wrong(question, response):
     assert not gold.right and gold.total == 0
 
 
+def test_a_further_question_is_no_answer():
+    for text in ("Is it Paris?", "Which country has Paris as its capital?\nWho wrote Emma?"):
+        gold = gold_reward(CAPITAL, text)
+        assert not gold.right and not gold.answered and not gold.refused
+    gold = gold_reward(CAPITAL, "Paris. Who wrote Emma?")
+    assert gold.right and gold.answered
+    assert gold_reward(CAPITAL, "London.").answered and not gold_reward(CAPITAL, "Nice weather.").answered
+
+
 def test_the_order_of_responses():
     said = "The capital of France is Paris."
     more = " ".join(["There is more to tell about it, and I could go on for a very long time."] * 2)

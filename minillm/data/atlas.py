@@ -585,8 +585,10 @@ def told(question, sentence):
 
 
 def is_right(question, response):
-    """Does the first sentence of the response give the answer, and no other that could be one?"""
+    """Does the first sentence of the response give the answer, and no other that could be one? A question does not."""
     sentence = first_sentence(response)
+    if sentence.endswith("?"):
+        return False
     said_no = NEGATION.search(sentence.lower()) and not NEGATION.search(question.answer.lower())
     return told(question, sentence) == {True} and (question.kind == "harmless" or not said_no)
 
