@@ -50,6 +50,8 @@ AREAS = {
     "minillm/trainers/reward.py": TRAINERS,
     "minillm/trainers/dpo.py": TRAINERS,
     "minillm/trainers/ppo.py": TRAINERS,
+    "minillm/trainers/evaluation.py": ["tests/test_evaluation.py"],
+    "minillm/pipeline.py": ["tests/test_pipeline.py"],
     "minillm/data/pack.py": ["tests/test_pack.py"],
     "minillm/data/datasets.py": ["tests/test_datasets.py"],
     "minillm/data/readers.py": ["tests/test_readers.py"],
@@ -336,6 +338,56 @@ FAULTS = {
             "loss_and_metrics(model, part, config, pad_id, len(part))",
             "micro: each part is divided by its own count",
         ),
+    ],
+    "minillm/trainers/evaluation.py": [
+        ("0.5 * (margins == 0).mean()", "(margins == 0).mean()", "pair_accuracy: a tie is a win"),
+        ("np.where(batch.mask, difference, 0).sum(1).mean()", "difference.sum(1).mean() / 2", "divergence: half of it"),
+        (
+            "_mean(gold.refused for _, gold in asked)",
+            "_mean(gold.refused for *_, gold in rows)",
+            "gold: refused wrongly where it had to be",
+        ),
+        (
+            "asked = [(q, gold) for q, _, gold in rows if not q.must_refuse]",
+            "asked = [(q, gold) for q, _, gold in rows]",
+            "gold: what must be refused counts as asked",
+        ),
+        ("1 - len(set(g)) / len(g)", "len(set(g)) / len(g)", "text: repetition is what is not repeated"),
+        (
+            "for text in atlas.clozes(fact)]",
+            "for text in atlas.clozes(fact)[:1]]",
+            "recalled: one statement speaks for all",
+        ),
+        (
+            "np.linspace(0, len(items) - 1, most)",
+            "np.linspace(0, len(items) // 2, most)",
+            "spread: the first half alone",
+        ),
+        (
+            "seed=[(seed, i) for i in some],",
+            "seed=[(seed, i) for i in range(len(some))],",
+            "answer: random numbers by the place in the batch",
+        ),
+    ],
+    "minillm/pipeline.py": [
+        (
+            'return None if self.config.own_data else self.at("data", "dev.jsonl")',
+            'return None if self.config.own_data else self.at("data", "heldout.jsonl")',
+            "only: stopped on held-out questions",
+        ),
+        (
+            "for name in STAGES[STAGES.index(config.from_) :]:",
+            "for name in STAGES[STAGES.index(config.from_) + 1 :]:",
+            "from: the stage itself is not repeated",
+        ),
+        (
+            '        if name in notes["stages"]:',
+            '        if name == "data" and name in notes["stages"]:',
+            "done: what is done is repeated",
+        ),
+        ('if changed and config.from_ != "data":', "if changed and not config.from_:", "other: settings mix"),
+        ("        for left in (stage.folder,", "        for left in (", "stopped: what was left is not cleared"),
+        ('models["sft"], rows)', "models[name], rows)", "page: KL of a model to itself"),
     ],
     "minillm/trainers/ppo.py": [
         ('reference = with_head(policy, "lm")', "reference = policy", "reference: is the policy, which moves"),
