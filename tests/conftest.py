@@ -1,3 +1,6 @@
+import sys
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.gradcheck import worst_errors
@@ -13,6 +16,22 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("minillm")
+
+
+@pytest.fixture
+def status_of(monkeypatch, capsys):
+    """status_of(main, name, *arguments): (exit status, output, error output) of a script's main in this process."""
+
+    def status_of(main, name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        try:
+            main()
+            status = 0
+        except SystemExit as ended:
+            status = ended.code
+        return status, *capsys.readouterr()
+
+    return status_of
 
 
 def pytest_addoption(parser):

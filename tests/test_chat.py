@@ -446,17 +446,11 @@ spec.loader.exec_module(script)
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(status_of):
     """Runs the script; returns its exit status, output and error output."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["render.py", *map(str, arguments)])
-        try:
-            script.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
+        return status_of(script.main, "render.py", *arguments)
 
     return run
 

@@ -55,7 +55,7 @@ class Terminal(io.TextIOWrapper):
 
 
 @pytest.fixture
-def run(world, monkeypatch, capsys):
+def run(world, monkeypatch, status_of):
     """Runs the script in the world with arguments and what is typed: bytes or lines from a pipe, or a list of lines
     (and of exceptions, to raise there) on a terminal. Returns its exit status, output and error output."""
 
@@ -76,13 +76,7 @@ def run(world, monkeypatch, capsys):
         monkeypatch.setattr(sys.stdout, "isatty", stdin.isatty)
         monkeypatch.setattr(sys, "stdin", stdin)
         monkeypatch.setattr("builtins.input", input_)
-        monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, arguments)])
-        try:
-            script.main()
-            status = 0
-        except SystemExit as ended:
-            status = ended.code
-        return status, *capsys.readouterr()
+        return status_of(script.main, "chat.py", *arguments)
 
     return run
 

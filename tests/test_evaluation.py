@@ -579,18 +579,12 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def run(world, monkeypatch, capsys):
+def run(world, monkeypatch, status_of):
     """Runs the script in the world; its exit status, output and error output."""
 
     def run(line):
         monkeypatch.chdir(world)
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *line.split()])
-        try:
-            script.main()
-            status = 0
-        except SystemExit as ended:
-            status = ended.code
-        return status, *capsys.readouterr()
+        return status_of(script.main, "evaluate.py", *line.split())
 
     return run
 

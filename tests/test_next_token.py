@@ -50,19 +50,13 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def run(world, monkeypatch, capsys):
+def run(world, monkeypatch, status_of):
     """Runs the script in the world, on a terminal of 80 columns; returns its exit status, output and error output."""
 
     def run(*arguments, columns=80):
         monkeypatch.chdir(world)
         monkeypatch.setenv("COLUMNS", str(columns))
-        monkeypatch.setattr(sys, "argv", ["next_token.py", *map(str, arguments)])
-        try:
-            script.main()
-            status = 0
-        except SystemExit as ended:
-            status = ended.code
-        return status, *capsys.readouterr()
+        return status_of(script.main, "next_token.py", *arguments)
 
     return run
 
