@@ -13,6 +13,7 @@ import pytest
 from minillm import pipeline
 from minillm.data import atlas
 from minillm.pipeline import STAGES, PipelineConfig, run
+from scripts import compare_seeds, reward_hacking
 
 MICRO = {
     "data": {"size_bytes": 60_000, "most_facts": 100, "conversations": 60},
@@ -258,3 +259,56 @@ def test_every_size_is_a_recipe_that_the_stages_accept(tmp_path):
             pipeline.reward.RewardConfig(model=tmp_path, data=(tmp_path,), **stage("reward").chat)
             pipeline.ppo.PPOConfig(model=tmp_path, reward=tmp_path, prompts=(tmp_path,), **stage("ppo").chat)
             pipeline.dpo.DPOConfig(model=tmp_path, data=(tmp_path,), **stage("dpo").chat)
+
+
+# ------------------------------------------------------------------ the commands around it
+
+
+def report_of(gold, known=0.9):
+    models = {name: {"gold": gold + i / 10, "known_facts": known, "kl": None} for i, name in enumerate(pipeline.MODELS)}
+    return {"models": models, "known": 9, "asked": 10, "clean_pairs": 0.9, "heldout_pairs": 0.7}
+
+
+def test_seeds_are_told_by_mean_and_spread_and_one_by_one():
+    (columns, rows), (_, each) = compare_seeds.tables({0: report_of(0.5), 1: report_of(0.7)})
+    table = {row[0]: dict(zip(columns[1:], row[1:], strict=True)) for row in rows}
+    assert table["gold reward"]["base"] == "0.60 ± 0.14" and table["gold reward"]["dpo"] == "0.90 ± 0.14"
+    assert table["facts right that base holds"]["sft"] == "90.0 % ± 0.0 %" and table["KL to sft"]["sft"] is None
+    assert each[1] == ("seed 1", *["90.0 %"] * 4, "0.800", "0.900", "1.000", "90.0 %", "70.0 %")
+
+
+@pytest.mark.parametrize("seeds", [(1,), (0, 0), (0, -1), ()])
+def test_seeds_have_to_be_several(seeds):
+    with pytest.raises(ValueError, match="--seeds has to be at least two different numbers from 0 on"):
+        compare_seeds.Options(seeds=seeds)
+
+
+def test_reward_hacking_differs_in_beta_alone_and_draws_what_came_out(finished, tmp_path, monkeypatch, capsys):
+    configs = []
+
+    def train(config):
+        configs.append(config)
+        config.out.mkdir(parents=True)
+        rows = [
+            {"step": step, **{f"eval_{m}": step + config.beta for _, m in reward_hacking.CURVES}} for step in (0, 5, 3)
+        ]
+        (config.out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr(reward_hacking.ppo, "train", train)
+    reward_hacking.compare(reward_hacking.Options(pipeline=finished[0], out=tmp_path / "hacking"))
+    free, paid = (vars(config) for config in configs)
+    assert {name for name in free if free[name] != paid[name]} == {"beta", "out"}
+    assert free["beta"] == 0 and paid["beta"] > 0 and free["questions"].name == "dev.jsonl"
+    assert (tmp_path / "hacking" / "hacking.png").stat().st_size > 10_000
+    lines = (tmp_path / "hacking" / "table.txt").read_text().splitlines()
+    assert list(map(float, lines[2].split()[-3:])) == [0, 5, 3]
+    assert capsys.readouterr().out.count("gold reward") == 2
+
+
+def test_reward_hacking_needs_a_pipeline_on_the_atlas(tmp_path):
+    with pytest.raises(ValueError, match=r"has no data/dev\.jsonl"):
+        reward_hacking.Options(pipeline=tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dev.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="--betas has to be at least two different numbers from 0 on"):
+        reward_hacking.Options(pipeline=tmp_path, betas=(0.1,))
