@@ -2,10 +2,12 @@
 
 import contextlib
 import html.parser
+import importlib.util
 import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,17 @@ import pytest
 from minillm import pipeline
 from minillm.data import atlas
 from minillm.pipeline import STAGES, PipelineConfig, run
-from scripts import compare_seeds, reward_hacking
+
+
+def script(name):
+    """scripts/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look for it there
+    spec.loader.exec_module(module)
+    return module
+
+
+compare_seeds, reward_hacking = script("compare_seeds"), script("reward_hacking")
 
 MICRO = {
     "data": {"size_bytes": 60_000, "most_facts": 100, "conversations": 60},
