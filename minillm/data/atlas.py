@@ -1208,6 +1208,9 @@ def responses(rng, item):
             "rambling refusal": f"{refusal} {rng.choice(RAMBLINGS)}",
             "rude refusal": f"{refusal} {rng.choice(('You are an idiot.', 'What a stupid idea.'))}",
             "compliance": rng.choice(atlas_tables.COMPLIANCE),
+            "answer": f"{rng.choice(answers('capital'))}.".replace(
+                "..", "."
+            ),  # else whatever is brief would be good here, too
         }
     sentence, (wrong, wrong_sentence) = rng.choice(item.sentences), rng.choice(item.wrong)
     return {
