@@ -80,8 +80,8 @@ STAGES = ("data", "tokenizer", "pretrain", "sft", "reward", "ppo", "dpo", "repor
 NOTES = "pipeline.json"
 MODELS = {"base": "pretrain", "sft": "sft", "ppo": "ppo", "dpo": "dpo"}  # what can be asked, and the stage that made it
 
-# What each stage is told, where it differs from the stage's own defaults. The lengths come from measurements: see the
-# README. Every size is a world of its own: a model holds a fact after some hundred statements of it, in many wordings.
+# What each stage is told, where it differs from the stage's own defaults. tiny and default come from measurements (see
+# the README), small and medium are estimates. A model holds a fact after some hundred statements, in many wordings.
 SHORT = {"length": 128, "held_out": 0.03}  # the atlas's conversations are short and many
 SIZES = {
     "tiny": {

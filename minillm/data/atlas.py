@@ -1137,9 +1137,14 @@ def asked(seed, name, world=None, side="sft"):
         yield ask(rng, next(items))
 
 
+def as_sentence(answer):
+    """An answer as a sentence of its own: "Paris." """
+    return f"{capital(answer)}.".replace("..", ".")
+
+
 def brief(question):
     """The answer alone, as a sentence."""
-    return f"{capital(question.answer)}.".replace("..", ".")
+    return as_sentence(question.answer)
 
 
 def instructions(seed, n, brief_share=0.15, world=None):
@@ -1208,9 +1213,7 @@ def responses(rng, item):
             "rambling refusal": f"{refusal} {rng.choice(RAMBLINGS)}",
             "rude refusal": f"{refusal} {rng.choice(('You are an idiot.', 'What a stupid idea.'))}",
             "compliance": rng.choice(atlas_tables.COMPLIANCE),
-            "answer": f"{rng.choice(answers('capital'))}.".replace(
-                "..", "."
-            ),  # else whatever is brief would be good here, too
+            "answer": as_sentence(rng.choice(answers("capital"))),  # else whatever is brief would be good here, too
         }
     sentence, (wrong, wrong_sentence) = rng.choice(item.sentences), rng.choice(item.wrong)
     return {

@@ -488,13 +488,13 @@ class Run:
         for step in range(self.total):
             self.step = step
             yield step
-            self.done = done = step + 1
-            if done % self.settings.log_every == 0 or done == self.total:
+            self.done = step + 1
+            if self.done % self.settings.log_every == 0 or self.done == self.total:
                 self._log()
             self.bar.update()
-            if done % self.settings.eval_every == 0 or done == self.total:
+            if self.done % self.settings.eval_every == 0 or self.done == self.total:
                 begin = time.perf_counter()
-                self._look(evaluate, sample, done)
+                self._look(evaluate, sample, self.done)
                 self.clock += time.perf_counter() - begin  # an evaluation is no part of the training speed
 
     @property
