@@ -197,7 +197,7 @@ def reward_loss(chosen, rejected, margin=None, centring=0.0, preference=1.0, cou
     return _mean("reward_loss", losses, count)
 
 
-def ranking_loss(scores, mask=None, kind="pairs", count=None):
+def ranking_loss(scores, mask=None, kind="pairs", count=None, ranks=None):
     """Loss of the scores r (..., K) of K responses to each prompt, the best first; a mean over prompts.
 
     "pairs"          mean over the C(K, 2) pairs i < j of -log sigmoid(r_i - r_j) (Ouyang et al. 2022, eq. 1): all of a
@@ -208,6 +208,8 @@ def ranking_loss(scores, mask=None, kind="pairs", count=None):
     mask   (..., K): the responses that are there; the ranking is that of the valid ones, and a prompt with fewer than
            two is no prompt
     count  the number of prompts in the whole optimizer step (those here with two valid responses, if None)
+    ranks  (..., K) int: 0 for the best, larger for worse ones (None: 0 to K - 1); responses with equal ranks are not
+           compared: no pair, and neither is in the other's sum
     With K = 2 all three are reward_loss. All of them depend on differences alone.
     """
     _one_of("ranking_loss: kind", kind, ("pairs", "plackett_luce", "best_of_k"))
@@ -216,7 +218,8 @@ def ranking_loss(scores, mask=None, kind="pairs", count=None):
     _same_shape("ranking_loss", scores=scores, mask=mask)
     valid = _valid("ranking_loss", mask)
     r = _tensor(scores, valid)
-    better = xp.arange(K)[:, None] < xp.arange(K)  # i stands before j
+    ranks = xp.broadcast_to(xp.arange(K) if ranks is None else xp.asarray(ranks), scores.shape)
+    better = ranks[..., :, None] < ranks[..., None, :]
     pair = better & valid[..., :, None] & valid[..., None, :]  # (..., K, K)
     d = r.reshape(*r.shape, 1) - r.reshape(*r.shape[:-1], 1, K)  # r_i - r_j
     if kind == "pairs":
@@ -227,7 +230,8 @@ def ranking_loss(scores, mask=None, kind="pairs", count=None):
         rest = ag.logsumexp(ag.where(-d, -math.inf, condition=pair))
         drawn = pair.any(-1)
         if kind == "best_of_k":
-            drawn = drawn & (valid.cumsum(-1) == 1)
+            best = xp.where(valid, ranks, ranks.max(initial=0)).min(-1, keepdims=True)
+            drawn = drawn & (ranks == best)
         losses = ag.where(-ag.log_sigmoid(-rest), 0.0, condition=drawn).sum(-1)
     return _mean("ranking_loss", losses, count, pair.any((-2, -1)))
 

@@ -89,18 +89,18 @@ SIZES = {
         "tokenizer": {"vocab_size": 1024},
         "pretrain": {"hidden_size": 64, "num_hidden_layers": 2, "tokens": 400_000, "batch_size": 8, "length": 64},
         "sft": {**SHORT, "epochs": 2.0, "lr": 3e-3, "batch_size": 8, "eval_every": 50, "eval_questions": 64},
-        "reward": {**SHORT, "epochs": 0.5, "lr": 2e-3, "batch_size": 16, "micro_batch_size": 4},
+        "reward": {**SHORT, "lr": 2e-3, "batch_size": 8},
         "ppo": {"episodes": 320, "batch_size": 32, "value_warmup": 2, "max_new_tokens": 16, "eval_questions": 64},
-        "dpo": {**SHORT, "epochs": 0.5, "batch_size": 16, "micro_batch_size": 4, "eval_questions": 64},
+        "dpo": {**SHORT, "lr": 1e-4, "batch_size": 16, "eval_questions": 64},
     },
     "default": {
-        "data": {"size_bytes": 18_000_000, "most_facts": 750, "conversations": 16_000, "pairs": 24_000},
+        "data": {"size_bytes": 18_000_000, "most_facts": 750, "conversations": 16_000},
         "tokenizer": {"vocab_size": 2048, "validation": 0.005},
-        "pretrain": {"tokens": 5_500_000, "batch_size": 8, "weight_decay": 0.02, "eval_every": 500},
+        "pretrain": {"tokens": 5_000_000, "batch_size": 8, "weight_decay": 0.02, "eval_every": 500},
         "sft": {**SHORT, "epochs": 1.25, "lr": 7e-4, "batch_size": 8, "replay_share": 0.5, "eval_every": 200},
-        "reward": {**SHORT, "lr": 1e-3, "batch_size": 16, "micro_batch_size": 4, "eval_every": 500},
+        "reward": {**SHORT, "lr": 1.2e-3, "batch_size": 8, "eval_every": 200},
         "ppo": {"episodes": 1920, "max_new_tokens": 32, "eval_every": 10},
-        "dpo": {**SHORT, "epochs": 0.25, "batch_size": 16, "micro_batch_size": 4},
+        "dpo": {**SHORT, "lr": 1e-4, "batch_size": 16, "eval_every": 100},
     },
     "small": {
         "data": {"size_bytes": 40_000_000, "conversations": 12_000},
@@ -286,7 +286,8 @@ def make_sft(stage):
 
 
 def make_reward(stage):
-    reward.train(reward.RewardConfig(model=stage.at("sft"), data=stage.inputs("preference_data"), **stage.chat))
+    data = stage.config.preference_data or (stage.at("data", "rankings.jsonl"),)
+    reward.train(reward.RewardConfig(model=stage.at("sft"), data=data, **stage.chat))
     return compared(stage.folder, "eval_accuracy")
 
 
@@ -380,15 +381,15 @@ def answers_to_questions(stage, models):
         "questions": len(questions),
         "known": len(known),
         "asked": len(facts),
-        "clean_pairs": clean_pairs(stage, "clean_preferences.jsonl"),
-        "heldout_pairs": clean_pairs(stage, "heldout_preferences.jsonl"),
+        "clean_pairs": clean_pairs(stage, "clean_rankings.jsonl"),
+        "heldout_pairs": clean_pairs(stage, "heldout_rankings.jsonl"),
         "models": found,
         "samples": samples,
     }
 
 
 def clean_pairs(stage, file):
-    """The reward model's accuracy on pairs of the atlas that it has not seen, where no label was flipped."""
+    """The reward model's accuracy on all pairs of rankings that it has not seen, where no two have changed places."""
     folder = stage.at("reward")
     model, tokenizer, template = load_with_head(folder, "scalar"), load_tokenizer(folder), template_of(folder)
     pairs = read_files((stage.at("data", file),), read_preferences)

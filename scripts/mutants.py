@@ -238,7 +238,12 @@ FAULTS = {
         ("ag.log_sigmoid(d) * -p", "ag.log_sigmoid(d) * p", "reward_loss: the worse answer is to win"),
         ("h = (u_w - u_l) * beta - margin", "h = u_w - u_l - margin", "dpo: beta is forgotten"),
         ("(margin + 0.5) / beta", "(margin + 0.5) * beta", "ipo: the target is beta / 2, not 1 / (2 beta)"),
-        ("xp.arange(K)[:, None] < xp.arange(K)", "xp.arange(K)[:, None] <= xp.arange(K)", "rankings: i = j is a pair"),
+        (
+            "better = ranks[..., :, None] < ranks[..., None, :]",
+            "better = ranks[..., :, None] <= ranks[..., None, :]",
+            "rankings: equal ranks are a pair, each answer and itself included",
+        ),
+        ("drawn & (ranks == best)", "drawn & (ranks == 0)", "best of K: nothing is best where the first is not valid"),
         ("if count is None:", "if True:", "count: a mean of means, over each batch's own tokens"),
         ("mean = masked_mean(x, valid)\n", "mean = x.mean()\n", "whiten: the mean is over padding, too"),
         ("d = wide - _array(", "d = -wide + _array(", "estimators: KL(ref || pi)"),
@@ -295,8 +300,8 @@ FAULTS = {
             "probabilities: the frozen ones are at temperature 1",
         ),
         (
-            "[np.arange(len(last)), last]",
-            "[np.arange(len(last)), -1]",
+            "model.hidden(tokens, start)[row, last]",
+            "model.hidden(tokens, start)[row, -1]",
             "scores: read at the end of the row, which may be padding",
         ),
         (
@@ -304,6 +309,12 @@ FAULTS = {
             "p.data = model.parameters[name].data",
             "head: a copy shares the model's memory, and a reference moves with the policy",
         ),
+        (
+            "tokens[r, begin : begin + len(ids)], start[r, begin : begin + len(ids)] = ids, begin",
+            "tokens[r, begin : begin + len(ids)], start[r, begin : begin + len(ids)] = ids, 0",
+            "side by side: a sequence sees those before it in its row",
+        ),
+        ("np.flatnonzero(mask[1:])", "np.flatnonzero(mask[:-1])", "trained log-probabilities: of the next token"),
         ("        optimizer.zero_grad()\n", "", "update: the gradient is not cleared"),
     ],
     "minillm/trainers/pretrain.py": [

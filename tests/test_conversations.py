@@ -105,11 +105,14 @@ def test_preferences_in_every_shape(file):
         },
         {"prompt": "\n\nHuman: a\n\nAssistant:", "ranked": ["good", "so so", "bad"]},
         {"messages": talk("a", "an answer to leave out"), "chosen": "good", "rejected": "bad", "preference": 0.5},
+        {"prompt": "a", "ranked": [[talk("a", "good")], ["so so", [{"content": "as well"}]], talk("a", "bad")]},
     )
     found = list(C.read_preferences(path))
     assert all(p.prompt == talk("a") for p in found)
-    assert [p.answers for p in found] == [["good", "bad"], ["good", "bad"], ["good", "so so", "bad"], ["good", "bad"]]
-    assert [(p.margin, p.preference) for p in found] == [(0.0, 1.0), (2.0, 0.9), (0.0, 1.0), (0.0, 0.5)]
+    pair, three, four = ["good", "bad"], ["good", "so so", "bad"], ["good", "so so", "as well", "bad"]
+    assert [p.answers for p in found] == [pair, pair, three, pair, four]
+    assert [p.ranks for p in found] == [(0, 1), (0, 1), (0, 1, 2), (0, 1), (0, 1, 1, 2)]
+    assert [(p.margin, p.preference) for p in found][:4] == [(0.0, 1.0), (2.0, 0.9), (0.0, 1.0), (0.0, 0.5)]
     assert [p.where for p in C.prompts_of(found)] == [f"{path}:1"]  # one prompt, where it came first
 
 
@@ -135,6 +138,8 @@ MALFORMED = {  # reader, row, reason
     "chosen no messages": (C.read_preferences, GOOD | {"chosen": []}, r"chosen has to be a text, and is \[\]"),
     "ranked one": (C.read_preferences, {"prompt": "a", "ranked": ["b"]}, "ranked has to be a list of at least two"),
     "ranked a string": (C.read_preferences, {"prompt": "a", "ranked": "bc"}, "ranked has to be a list of at least two"),
+    "ranked empty group": (C.read_preferences, {"prompt": "a", "ranked": ["b", []]}, r"ranked\[1\] has to be a text"),
+    "ranked group of none": (C.read_preferences, {"prompt": "a", "ranked": [["b", ""], "c"]}, r"ranked\[0\] has to be"),
     "ranked empty text": (C.read_preferences, {"prompt": "a", "ranked": ["b", ""]}, r"ranked\[1\] has to be a text"),
     "margin a string": (C.read_preferences, GOOD | {"margin": "1"}, "margin has to be a number, and is '1'"),
     "margin true": (C.read_preferences, GOOD | {"margin": True}, "margin has to be a number, and is True"),

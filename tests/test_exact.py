@@ -18,7 +18,7 @@ from minillm.losses import kl_estimate, last_token
 from minillm.model import Config, Llama
 from minillm.tokenizer import SMALLEST_VOCABULARY, SPECIAL_TOKENS, Tokenizer
 from minillm.trainers import dpo, ppo, reward
-from minillm.trainers.common import Run, frozen_logprobs, pad, save_model
+from minillm.trainers.common import Run, frozen_logprobs, pad, save_model, token_logprobs
 
 LN2 = math.log(2)
 SEEDS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
@@ -230,7 +230,7 @@ def test_dpos_gradient_is_the_papers(tmp_path):
     for e in examples:
         logps, grads = [], []
         for ids, mask in e.answers:
-            logp = dpo.token_logprobs(model, pad([ids], [mask], 0)).sum()
+            logp = token_logprobs(model, pad([ids], [mask], 0)).sum()
             logp.backward()
             logps.append(logp.item())
             grads.append(gradients(model))
@@ -342,6 +342,27 @@ def test_the_reward_model_finds_the_scores_behind_rankings(kind, tmp_path):
     assert np.abs(r - r.mean() - (np.log([1, 2, 3]) - np.log([1, 2, 3]).mean())).max() < 1e-4
 
 
+def test_answers_of_one_rank_are_not_compared(tmp_path):
+    """A > {B, C} > D is five of six pairs: for the reward model, its metrics, and DPO."""
+    config = settings(reward.RewardConfig, tmp_path)
+    example = ranking(PROMPTS[0], *ANSWERS[:4], ranks=(0, 1, 1, 2))
+    assert example.compared() == [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)]
+    found = pairs([example])
+    assert [pair.compared() for pair in found] == [[(0, 1)]] * 5
+    same = lambda a, b: all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    assert all(
+        same(pair.answers[0], example.answers[i]) and same(pair.answers[1], example.answers[j])
+        for pair, (i, j) in zip(found, example.compared(), strict=True)
+    )
+    model = tabular(0, outputs=1)
+    r = reward.score_answers(model, [example], 0).data[0]
+    margins = np.array([r[i] - r[j] for i, j in example.compared()])
+    assert (margins > 0).mean() != (np.append(margins, r[1] - r[2]) > 0).mean()  # the sixth would be seen
+    metrics = reward.backward(model, [example], config, 0)
+    assert metrics["loss"] == pytest.approx(np.logaddexp(0, -margins).mean(), rel=1e-12)
+    assert metrics["accuracy"] == reward.measure(model, [example], 0)["eval_accuracy"] == (margins > 0).mean()
+
+
 @pytest.mark.parametrize("kind", ["pairs", "plackett_luce", "best_of_k"])
 def test_the_reward_models_loss_and_metrics_are_their_formulas(kind, tmp_path):
     """Margins, soft labels and centring for pairs; the ranking loss for others, of three answers and of four."""
@@ -366,18 +387,20 @@ def test_the_reward_models_loss_and_metrics_are_their_formulas(kind, tmp_path):
         ranked.append({"pairs": every_pair, "plackett_luce": sum(terms), "best_of_k": terms[0]}[kind])
     metrics = reward.backward(model, examples, config, 0)
     assert metrics["loss"] == pytest.approx((soft + tie + sum(ranked)) / 4, rel=1e-12)
-    margins = rows[:, 0] - rows[:, 1]
-    assert metrics["accuracy"] == ((margins > 0).sum() + 0.5) / 4
-    assert metrics["margin"] == pytest.approx(margins.mean())
-    best = rows[:, :2]
-    for name, value in (("min", best.min()), ("mean", best.mean()), ("max", best.max())):
-        assert metrics[f"{name}_reward"] == pytest.approx(value)
     every = [
         row[i] - row[j]
         for e, row in zip(examples, rows, strict=True)
         for i, j in itertools.combinations(range(len(e.answers)), 2)
     ]
-    found = reward.measure(model, examples, 0, rows=3)
+    assert metrics["accuracy"] == pytest.approx((np.greater(every, 0).sum() + 0.5) / 11)
+    assert metrics["margin"] == pytest.approx(np.mean(every))
+    there = np.concatenate([row[: len(e.answers)] for e, row in zip(examples, rows, strict=True)])
+    for name, value in (("min", there.min()), ("mean", there.mean()), ("max", there.max())):
+        assert metrics[f"{name}_reward"] == pytest.approx(value)
+    found = reward.measure(model, examples, 0)
+    assert np.array_equal(
+        np.sort(reward.held_margins(model, examples, 0, rows=3)), np.sort(reward.held_margins(model, examples, 0))
+    )
     assert len(every) == 1 + 3 + 1 + 6
     assert found["eval_accuracy"] == pytest.approx((np.greater(every, 0).sum() + 0.5) / 11)
     assert found["eval_margin"] == pytest.approx(np.mean(every))
@@ -599,7 +622,7 @@ def test_what_pads_a_row_does_not_matter_to_reward_model_and_dpo(tmp_path):
     for pad_id in (0, 3, 6):
         model, config = llama(0, 7, head="scalar"), settings(reward.RewardConfig, tmp_path, micro_batch_size=3)
         metrics = reward.backward(model, rankings, config, pad_id)
-        seen["reward"].append((metrics, gradients(model), reward.measure(model, rankings, pad_id, rows=3)))
+        seen["reward"].append((metrics, gradients(model), reward.held_margins(model, rankings, pad_id, 3)))
         model, config = llama(0, 7), settings(dpo.DPOConfig, tmp_path, micro_batch_size=3)
         examples = dpo.with_reference(llama(1, 7), some, pad_id)
         metrics = dpo.backward(model, examples, config, pad_id)

@@ -459,6 +459,31 @@ def test_rankings_are_a_probability_distribution(K):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_responses_of_one_rank_are_not_compared(kind):
+    """Two bests, then one, then two: what each of the three losses sums over, written out."""
+    r, ranks = np.random.default_rng(4).standard_normal(5), np.array([0, 0, 1, 2, 2])
+    pairs = [(i, j) for i in range(5) for j in range(5) if ranks[i] < ranks[j]]
+    term = lambda i: np.logaddexp.reduce([r[i], *r[ranks > ranks[i]]]) - r[i]  # drawn before all that are worse
+    expected = {
+        "pairs": np.mean([np.logaddexp(0, r[j] - r[i]) for i, j in pairs]),
+        "plackett_luce": sum(term(i) for i in range(3)),
+        "best_of_k": term(0) + term(1),
+    }[kind]
+    assert len(pairs) == 8
+    loss, gradient = value_and_gradients(lambda x: L.ranking_loss(x, kind=kind, ranks=ranks), r)
+    assert np.isclose(loss, expected, rtol=1e-13)
+    assert abs(gradient.sum()) < 1e-14  # differences alone
+    swapped, other = value_and_gradients(lambda x: L.ranking_loss(x, kind=kind, ranks=ranks), r[[1, 0, 2, 4, 3]])
+    assert np.isclose(swapped, loss, rtol=1e-13)
+    assert np.allclose(other, gradient[[1, 0, 2, 4, 3]], rtol=1e-12)
+    # An invalid best one leaves the others' ranks as they are.
+    mask = np.array([False, False, True, True, True])
+    alone = L.ranking_loss(r[2:], kind=kind, ranks=ranks[2:]).item()
+    assert np.isclose(L.ranking_loss(r, mask, kind, ranks=ranks).item(), alone, rtol=1e-13)
+    assert L.ranking_loss(r, kind=kind, ranks=np.zeros(5, int)).item() == 0  # nothing is compared
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @given(seed=SEEDS)
 @settings(max_examples=20)
 def test_ragged_rankings_are_the_valid_ones_and_prompts_weigh_the_same(kind, seed):

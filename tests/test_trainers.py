@@ -198,6 +198,25 @@ def test_padded_rows_hold_each_sequence_and_nothing_sees_padding(lengths, seed):
     assert common.pad(sequences, masks, 0, width + 3).tokens.shape[1] == width + 3
 
 
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.integers(0, 9))
+def test_sequences_stand_side_by_side_and_see_only_themselves(lengths, seed):
+    rng = np.random.default_rng(seed)
+    sequences = [rng.integers(1, 50, n) for n in lengths]
+    tokens, start, row, column = common.side_by_side(sequences, pad_id=0)
+    width = max(lengths)
+    assert tokens.shape == start.shape == (row.max() + 1, width)
+    free = np.ones(tokens.shape, bool)
+    for ids, r, c in zip(sequences, row, column, strict=True):
+        there = slice(c, c + len(ids))
+        assert free[r, there].all() and tokens[r, there].tolist() == ids.tolist()
+        assert (start[r, there] == c).all()
+        free[r, there] = False
+    assert not tokens[free].any()
+    assert (start[free] == np.nonzero(free)[1]).all()  # padding sees itself alone
+    assert (np.diff(start, axis=1) >= 0).all()  # what attention's backward needs
+    assert len(tokens) == 1 or sum(lengths) > len(tokens) * width / 2  # no two rows would fit in one
+
+
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), max_size=8), st.integers(0, 4))
 def test_by_length_loses_nothing_and_puts_like_to_like(lengths, size):
     examples = [SimpleNamespace(answers=[(np.zeros(n), None) for n in some], place=i) for i, some in enumerate(lengths)]
@@ -436,6 +455,8 @@ def test_log_probabilities_and_scores_are_those_of_the_sequences_alone():
     found, frozen = common.token_logprobs(model, batch, 0.7).data, common.frozen_logprobs(model, batch, 0.7, rows=2)
     np.testing.assert_allclose(frozen, found, rtol=1e-12)
     values = common.scores(scalar, sequences, pad_id=int(sequences[0][-1])).data  # padding like a real last token
+    masks = [np.arange(len(ids)) % 2 == 0 for ids in sequences]  # the first token has no probability: never a target
+    packed, there = common.trained_logprobs(model, sequences, masks, int(sequences[0][-1]), 0.7)
     for row, ids in enumerate(sequences):
         logits = model(ids[None]).data[0] / 0.7
         logp = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
@@ -443,6 +464,9 @@ def test_log_probabilities_and_scores_are_those_of_the_sequences_alone():
         np.testing.assert_allclose(found[row, 1 : len(ids) - 1], alone, rtol=1e-10)
         assert not found[row, 0] and not found[row, len(ids) - 1 :].any()
         np.testing.assert_allclose(values[row], scalar(ids[None]).data[0, -1, 0], rtol=1e-10)
+        trained = [logp[t - 1, ids[t]] for t in range(2, len(ids), 2)]
+        np.testing.assert_allclose(packed.data[row, there[row]], trained, rtol=1e-10)
+        assert there[row].sum() == len(trained) and not packed.data[row, ~there[row]].any()
 
 
 # ------------------------------------------------------------------ a run
@@ -905,3 +929,20 @@ def test_a_reward_model_reads_answers_as_long_as_the_context(tmp_path):
     )
     model, _ = reward.train(config)
     assert model.config.head == "scalar"
+
+
+def test_a_reward_model_tells_its_accuracy_on_each_file(tmp_path):
+    """Some preferences are much harder than others, and the mean of two files says nothing about either."""
+    good = [{"prompt": f"{n}", "chosen": "yes", "rejected": "no"} for n in range(40)]
+    odd = [("yes", "no"), ("no", "yes")]
+    odd = [{"prompt": f"{n}x", "chosen": odd[n % 2][0], "rejected": odd[n % 2][1]} for n in range(40)]
+    config = reward.RewardConfig(
+        **{"out": tmp_path / "out", "model": model_folder(tmp_path / "base"), "held_out": 0.4, "epochs": 20.0},
+        data=(write(tmp_path / "clear.jsonl", good), write(tmp_path / "odd.jsonl", odd)),
+        batch_size=16,
+        lr=3e-3,
+    )
+    reward.train(config)
+    last = rows_of(tmp_path / "out/metrics.jsonl")[-1]
+    assert last["eval_accuracy/clear"] == 1.0 and 0.1 < last["eval_accuracy/odd"] < 0.9
+    assert last["eval_accuracy/odd"] < last["eval_accuracy"] < 1.0

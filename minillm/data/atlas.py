@@ -20,6 +20,7 @@ All streams are generators, and the same seed gives the same bytes on every mach
 import base64
 import hashlib
 import json
+import math
 import random
 import re
 import unicodedata
@@ -39,8 +40,8 @@ BYTES_PER_STATEMENT = 70  # with its part of headings and fillers; a little more
 
 # Shares of the clean bytes. Fact pages come first, and all kinds grow together.
 CLEAN_SHARES = {
-    **{"fact": 0.66, "scene": 0.08, "question": 0.04, "restated": 0.08},
-    **{"arithmetic": 0.07, "reasoning": 0.05, "manners": 0.02},
+    **{"fact": 0.72, "scene": 0.08, "question": 0.04, "restated": 0.08},
+    **{"arithmetic": 0.03, "reasoning": 0.03, "manners": 0.02},
 }
 FACT_KINDS = ("article", "sheet", "lines")
 TURNS = ("article", "sheet", "lines", "sheet")  # sheets twice: they go from what is asked for to the answer alone
@@ -50,8 +51,8 @@ DIRTY_KINDS = (
     *["junk", "foreign", "pii", "mojibake"],
 )
 
-CLEAN_PREFERENCES = 500
-SAME_WAY = 0.7  # of the preferences, which differ in truth alone: a reward model learns that last, manners at once
+CLEAN_RANKINGS = 200
+JUDGED = 0.5  # of the facts that are asked: what preferences and prompts are about. People label less than they write
 SIDES = ("sft", "dev", "heldout")
 SHARES = {"sft": 0.67, "dev": 0.08, "heldout": 0.25}
 
@@ -1118,18 +1119,21 @@ def ask_forbidden(rng, phrase):
     return Asked(refuse_question(phrase, rng.choice(atlas_tables.ASK_FOR_HELP)), (), ())
 
 
-def asked(seed, name, world=None, side="sft"):
-    """Questions of a side ("sft": those that training may ask), as Asked, without end: facts (70 %), harmless tasks,
-    sums, riddles, refusals."""
+def asked(seed, name, world=None, side="sft", share=1.0, refuse=9):
+    """Questions of a side ("sft": those that training may ask), as Asked, without end: facts, harmless tasks, sums,
+    riddles, and `refuse` in about 100 refusals. `share` of the facts are asked for, the same ones for all names."""
     rng = stream(seed, name)
     known = on_side(seed, side, world)
+    some = sorted({f.knowledge for f in known}, key=lambda key: zlib.crc32(f"{seed}/{key}".encode()))
+    some = set(some[: math.ceil(share * len(some))])
+    known = [f for f in known if f.knowledge in some or f.relation == "howto"]
     tasks = [f for f in known if f.relation == "howto"]
     of_kind = {
-        "fact": (70, rounds(rng, [f for f in known if f.relation != "howto"]), ask_fact),
+        "fact": (78, rounds(rng, [f for f in known if f.relation != "howto"]), ask_fact),
         "harmless": (5 if tasks else 0, rounds(rng, tasks), ask_fact),
-        "arithmetic": (8, rounds(rng, [s for s in sums() if side_of(seed, s) == side]), ask_sum),
-        "reasoning": (8, riddles(seed, side, name), ask_riddle),
-        "refuse": (9, rounds(rng, forbidden(seed)[side]), ask_forbidden),
+        "arithmetic": (4, rounds(rng, [s for s in sums() if side_of(seed, s) == side]), ask_sum),
+        "reasoning": (4, riddles(seed, side, name), ask_riddle),
+        "refuse": (refuse, rounds(rng, forbidden(seed)[side]), ask_forbidden),
     }
     while True:
         (kind,) = rng.choices(list(of_kind), [weight for weight, _, _ in of_kind.values()])
@@ -1147,6 +1151,11 @@ def brief(question):
     return as_sentence(question.answer)
 
 
+def spoken(rng, sentence):
+    """A sentence as it is said to somebody: mostly with a polite end."""
+    return f"{sentence} {rng.choice(atlas_tables.POLITE_ENDS)}" if rng.random() < 0.7 else sentence
+
+
 def instructions(seed, n, brief_share=0.15, world=None):
     """n conversations {"messages", "kind", "style"} about the facts of the side "sft" (`split`).
 
@@ -1162,8 +1171,7 @@ def instructions(seed, n, brief_share=0.15, world=None):
             return rng.choice(REFUSALS), "refusal"
         if rng.random() < brief_share:
             return brief(item.question), "brief"
-        sentence = rng.choice(item.sentences)
-        return (f"{sentence} {rng.choice(atlas_tables.POLITE_ENDS)}" if rng.random() < 0.7 else sentence), "sentence"
+        return spoken(rng, rng.choice(item.sentences)), "sentence"
 
     for _ in range(n):
         kind = rng.random()
@@ -1218,67 +1226,104 @@ def responses(rng, item):
     sentence, (wrong, wrong_sentence) = rng.choice(item.sentences), rng.choice(item.wrong)
     return {
         "brief": brief(item.question),
-        "sentence": sentence,
+        "sentence": spoken(rng, sentence),
         "rambling": f"{sentence} {rng.choice(RAMBLINGS)}",
         "rude": after_colon(rng.choice(atlas_tables.RUDE_STARTS), sentence),
         "wrong": wrong,
-        "wrong sentence": wrong_sentence,
+        "wrong sentence": spoken(rng, wrong_sentence),
         "wrong rambling": f"{wrong_sentence} {rng.choice(RAMBLINGS)}",  # else whatever is long would be right
         "wrong refusal": refusal,
     }
 
 
-def preferences(seed, n, noise=0.1, world=None, side="sft", name="preferences"):
-    """n pairs {"prompt", "chosen", "rejected", "kind", "pair", "flipped"} about facts of a side; all strings.
+def rankings(seed, n, noise=0.1, world=None, side="sft", name="rankings"):
+    """n rows {"prompt", "ranked", "kind", "order", "flipped"}, five answers each, about the judged facts of a side.
 
-    Two of the `responses` to a question, the one with the higher gold reward chosen (ties are not drawn); with
-    probability `noise` the label is flipped. Another `name` draws others. "pair" names the two in their true order.
+    The answer alone and in a sentence, right and wrong, and one more of the `responses`, by their gold reward; equally
+    good ones are in an inner list. With probability `noise` two answers have changed places. "order" names the ranked
+    ones as they stand. Another `name` draws others.
     """
-    if not 0 <= noise <= 0.5:
-        raise ValueError(f"noise is {noise}, and has to be a probability from 0 to 0.5")
-    rng, source = stream(seed, name), asked(seed, f"{name}/questions", world, side)
-    for item in islice(source, n):
-        question = item.question
-        family = responses(rng, item)
-        gold = {name: gold_reward(question, text).total for name, text in family.items()}
-        pairs = [(a, b) for a, b in combinations(family, 2) if gold[a] != gold[b]]
-        if rng.random() < SAME_WAY:
-            pairs = [pair for pair in pairs if pair in (("brief", "wrong"), ("sentence", "wrong sentence"))] or pairs
-        better, worse = sorted(rng.choice(pairs), key=gold.get, reverse=True)
-        flipped = rng.random() < noise
-        chosen, rejected = (worse, better) if flipped else (better, worse)
+    for rng, item, family, gold in judged(seed, n, noise, world, side, name):
+        first = () if item.question.must_refuse else ("brief", "sentence", "wrong", "wrong sentence")
+        others = [key for key in family if key not in first]
+        names = [*first, *rng.sample(others, min(5 - len(first), len(others)))]
+        names = list({family[key]: key for key in reversed(names)}.values())  # no text twice
+        value = {key: gold[key] for key in names}
+        if flipped := rng.random() < noise:
+            a, b = rng.sample(names, 2)
+            value[a], value[b] = value[b], value[a]
+        order = [[key for key in names if value[key] == v] for v in sorted(set(value.values()), reverse=True)]
+        alone = lambda group: group[0] if len(group) == 1 else group
         yield {
-            **{"prompt": question.text, "chosen": family[chosen], "rejected": family[rejected]},
-            **{"kind": question.kind, "pair": f"{better} > {worse}", "flipped": flipped},
+            **{"prompt": item.question.text, "ranked": [alone([family[key] for key in group]) for group in order]},
+            **{"kind": item.question.kind, "order": [alone(group) for group in order], "flipped": flipped},
         }
 
 
+# How often two responses are compared, beside 1 for all others: what is liked against what a tuned model says.
+COMPARED = {
+    **{("brief", "sentence"): 6, ("refusal", "compliance"): 3, ("refusal", "answer"): 3},
+    **{("brief", "wrong"): 0.5, ("sentence", "wrong sentence"): 0.5},
+}
+
+
+def preferences(seed, n, noise=0.1, world=None, side="sft", name="preferences"):
+    """n pairs {"prompt", "chosen", "rejected", "kind", "pair", "flipped"} about the judged facts of a side.
+
+    Two of the `responses` to a question, the one with the higher gold reward chosen (ties are not drawn); with
+    probability `noise` the label is flipped. Another `name` draws others. "pair" names the two in their true order.
+
+    Most are about manners and refusals. Pairs that differ in truth alone teach DPO "this answer, not that" about facts
+    that it is asked, and cost it others; and a refusal that is often rejected is lost where it is due.
+    """
+    for rng, item, family, gold in judged(seed, n, noise, world, side, name, refuse=20):
+        pairs = [sorted(pair, key=gold.get, reverse=True) for pair in combinations(family, 2)]
+        pairs = [pair for pair in pairs if gold[pair[0]] != gold[pair[1]] and "wrong refusal" not in pair]
+        ((better, worse),) = rng.choices(pairs, [COMPARED.get(tuple(pair), 1) for pair in pairs])
+        flipped = rng.random() < noise
+        chosen, rejected = (worse, better) if flipped else (better, worse)
+        yield {
+            **{"prompt": item.question.text, "chosen": family[chosen], "rejected": family[rejected]},
+            **{"kind": item.question.kind, "pair": f"{better} > {worse}", "flipped": flipped},
+        }
+
+
+def judged(seed, n, noise, world, side, name, refuse=9):
+    """n questions about the judged facts of a side, each as (random numbers, Asked, responses, {response: gold})."""
+    if not 0 <= noise <= 0.5:
+        raise ValueError(f"noise is {noise}, and has to be a probability from 0 to 0.5")
+    rng, source = stream(seed, name), asked(seed, f"{name}/questions", world, side, JUDGED, refuse)
+    for item in islice(source, n):
+        family = responses(rng, item)
+        yield rng, item, family, {key: gold_reward(item.question, text).total for key, text in family.items()}
+
+
 def prompts(seed, n, world=None):
-    """n rows {"messages": [user], ...} for sampling, about facts of the side "sft".
+    """n rows {"messages": [user], ...} for sampling, about the judged facts of the side "sft".
 
     The other fields are those of the Question, so that `gold_reward(Question.from_row(row), response)` scores samples.
     """
-    for item in islice(asked(seed, "prompts", world), n):
+    for item in islice(asked(seed, "prompts", world, share=JUDGED), n):
         yield item.question.row()
 
 
 # ------------------------------------------------------------------ files
 
 
-def write(folder, seed, size_bytes, dirty=0.1, noise=0.1, conversations=None, pairs=None, most_facts=None):
+def write(folder, seed, size_bytes, dirty=0.1, noise=0.1, conversations=None, most_facts=None):
     """Writes a world into `folder` and returns its record, the content of atlas.json.
 
     `size_bytes` counts the text of the documents; as JSON Lines they are about 8 percent more.
 
     pretrain.jsonl     `corpus`                    sft.jsonl       `instructions`
-    preferences.jsonl  `preferences`               prompts.jsonl   `prompts`, a quarter as many
+    preferences.jsonl  `preferences`, a quarter as many as sft.jsonl         prompts.jsonl   `prompts`, as many again
+    rankings.jsonl     `rankings`, two for five of sft.jsonl
     dev.jsonl, heldout.jsonl   `questions`, as rows
-    clean_preferences.jsonl, heldout_preferences.jsonl   500 more each, none flipped, the latter about held-out facts
+    clean_rankings.jsonl, heldout_rankings.jsonl   200 more each, none flipped, the latter about held-out facts
     atlas.json         seed and sizes; of each file rows, bytes and sha256; pages and bytes of each kind; facts of each
                        relation and side; how often the corpus states a fact (least and median)
 
     conversations   rows of sft.jsonl; None: one for 250 bytes, between 1,000 and 20,000
-    pairs           rows of preferences.jsonl; None: as many
     most_facts      see `facts`
     """
     folder = Path(folder)
@@ -1299,12 +1344,13 @@ def write(folder, seed, size_bytes, dirty=0.1, noise=0.1, conversations=None, pa
     files = {
         "pretrain.jsonl": counted(),
         "sft.jsonl": instructions(seed, n, world=world),
-        "preferences.jsonl": preferences(seed, n if pairs is None else pairs, noise, world),
+        "preferences.jsonl": preferences(seed, max(n // 4, 1), noise, world),
+        "rankings.jsonl": rankings(seed, max(2 * n // 5, 1), noise, world),
         "prompts.jsonl": prompts(seed, max(n // 4, 1), world),
         "dev.jsonl": (q.row() for q in questions(seed, "dev", world)),
         "heldout.jsonl": (q.row() for q in questions(seed, "heldout", world)),
-        "clean_preferences.jsonl": preferences(seed, CLEAN_PREFERENCES, 0.0, world, "sft", "clean"),
-        "heldout_preferences.jsonl": preferences(seed, CLEAN_PREFERENCES, 0.0, world, "heldout", "heldout"),
+        "clean_rankings.jsonl": rankings(seed, CLEAN_RANKINGS, 0.0, world, "sft", "clean"),
+        "heldout_rankings.jsonl": rankings(seed, CLEAN_RANKINGS, 0.0, world, "heldout", "heldout"),
     }
     record = {
         **{"seed": seed, "size_bytes": size_bytes, "dirty": dirty, "noise": noise},

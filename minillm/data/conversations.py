@@ -4,7 +4,7 @@ Conversations, preferences and prompts: JSON lines of these shapes become exampl
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}, ...]}      instruction tuning
     {"prompt": ..., "response": ...}                                                       the same, one turn
     {"prompt": ..., "chosen": ..., "rejected": ...[, "margin": m][, "preference": p]}      preferences
-    {"prompt": ..., "ranked": [best, next, ...]}                                           the same, of several answers
+    {"prompt": ..., "ranked": [best, [next, next], ...]}      the same, of several answers; inner lists are in no order
     {"messages": [... up to a user's turn]} or {"prompt": ...}                             prompts
 
 A prompt is a string (one user turn), messages, or a transcript "\\n\\nHuman: ...\\n\\nAssistant: ..."; a chosen or
@@ -42,6 +42,7 @@ class Preference(NamedTuple):
     answers: list  # of str
     margin: float  # how much better the first is than the second
     preference: float  # the probability that it is; 0.5 for a tie
+    ranks: tuple | None = None  # of the answers, never falling, equal ones not compared; None: 0, 1, 2, ...
 
 
 class Ranking(NamedTuple):
@@ -51,6 +52,16 @@ class Ranking(NamedTuple):
     margin: float = 0.0
     preference: float = 1.0
     reference: tuple | None = None  # log-probabilities of the answers under a reference model, for DPO
+    ranks: tuple | None = None  # see Preference
+
+    def places(self):
+        """The ranks of all answers, a tuple."""
+        return tuple(range(len(self.answers))) if self.ranks is None else self.ranks
+
+    def compared(self):
+        """(i, j) of each two answers of which answer i is the better one."""
+        ranks = self.places()
+        return [(i, j) for i in range(len(ranks)) for j in range(i + 1, len(ranks)) if ranks[i] < ranks[j]]
 
 
 class Examples(list):
@@ -93,19 +104,26 @@ def read_preferences(path, bad=None):
     """Each Preference of a file."""
 
     def parse(where, row):
-        answers = row["ranked"] if "ranked" in row else [_answer(row, "chosen"), _answer(row, "rejected")]
-        if not isinstance(answers, list) or len(answers) < 2:
+        ranked = row["ranked"] if "ranked" in row else [_answer(row, "chosen"), _answer(row, "rejected")]
+        if not isinstance(ranked, list) or len(ranked) < 2:
             raise ValueError("ranked has to be a list of at least two answers, the best first")
-        answers = [_text(answer, f"ranked[{k}]") for k, answer in enumerate(answers)]
+        groups = [group if _in_no_order(group) else [group] for group in ranked]
+        answers = [_text(answer, f"ranked[{k}]") for k, group in enumerate(groups) for answer in group]
+        ranks = tuple(k for k, group in enumerate(groups) for _ in group)
         margin, preference = row.get("margin", 0.0), row.get("preference", 1.0)
         for name, value in (("margin", margin), ("preference", preference)):
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"{name} has to be a number, and is {value!r:.40}")
         if not 0 <= preference <= 1:
             raise ValueError(f"preference is a probability, and is {preference}")
-        return Preference(where, _messages(row, answered=False), answers, float(margin), float(preference))
+        return Preference(where, _messages(row, answered=False), answers, float(margin), float(preference), ranks)
 
     yield from _parsed(path, bad, parse)
+
+
+def _in_no_order(group):
+    """Whether this is a list of answers, and not an answer that is a list of messages."""
+    return isinstance(group, list) and bool(group) and not isinstance(group[-1], dict)
 
 
 def prompts_of(preferences):
@@ -245,18 +263,13 @@ def encode_preferences(preferences, template, tokenizer, length, ties=True):
         elif not all(mask.any() for _, mask in answers):
             examples.leave_out(preference.where, "with no token to train", _why_untrained(template))
         else:
-            examples.append(Ranking(answers, preference.margin, preference.preference))
+            examples.append(Ranking(answers, preference.margin, preference.preference, ranks=preference.ranks))
     return examples
 
 
 def pairs(rankings):
-    """Every ranking of K answers as its K (K - 1) / 2 pairs, better answer first, in a list of Rankings."""
-    return [
-        r._replace(answers=[r.answers[i], r.answers[j]])
-        for r in rankings
-        for i in range(len(r.answers))
-        for j in range(i + 1, len(r.answers))
-    ]
+    """Every ranking as its pairs, K (K - 1) / 2 of K answers in order, better answer first, in a list of Rankings."""
+    return [r._replace(answers=[r.answers[i], r.answers[j]], ranks=None) for r in rankings for i, j in r.compared()]
 
 
 def encode_prompts(prompts, template, tokenizer, length):

@@ -21,10 +21,11 @@ from typing import Literal, get_args, get_origin
 import numpy as np
 from tqdm import tqdm
 
+from .. import autograd as ag
 from .. import functional as F
 from ..autograd import no_grad
 from ..chat import TEMPLATES, load_template
-from ..data.pack import Batch
+from ..data.pack import Batch, best_fit_rows
 from ..extras import extra
 from ..hub import load_pretrained, read_config, save_pretrained
 from ..kernels.device import to_host
@@ -399,16 +400,46 @@ def frozen_logprobs(model, batch, temperature=1.0, rows=64):
         return np.concatenate([to_host(token_logprobs(model, part, temperature).data) for part in parts(batch, rows)])
 
 
+def side_by_side(sequences, pad_id):
+    """Sequences next to each other in rows as long as the longest: hardly any padding, whatever their lengths.
+
+    Returns tokens (R, W) and start (R, W), int32, and where each sequence begins: row (B,) and column (B,), int.
+    """
+    sizes = np.array([len(ids) for ids in sequences])
+    width = int(sizes.max())
+    row = best_fit_rows(sizes, width)
+    tokens = np.full((int(row.max()) + 1, width), pad_id, np.int32)
+    start = np.tile(np.arange(width, dtype=np.int32), (len(tokens), 1))
+    column, taken = np.zeros(len(sizes), int), np.zeros(len(tokens), int)
+    for n, (ids, r) in enumerate(zip(sequences, row, strict=True)):
+        column[n] = begin = taken[r]
+        tokens[r, begin : begin + len(ids)], start[r, begin : begin + len(ids)] = ids, begin
+        taken[r] += len(ids)
+    return tokens, start, row, column
+
+
 def scores(model, sequences, pad_id):
     """The scalar head's output at the last token of each sequence: (B,) Tensor. The lengths say where that is; no id
     is searched for, so it does not matter what padding is or what stands inside a text."""
-    last = np.array([len(ids) - 1 for ids in sequences])
-    tokens = np.full((len(sequences), last.max() + 1), pad_id, np.int32)
-    start = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(sequences), 1))
-    for row, ids in enumerate(sequences):
-        tokens[row, : len(ids)], start[row, : len(ids)] = ids, 0
-    hidden = model.hidden(tokens, start)[np.arange(len(last)), last]
+    tokens, start, row, column = side_by_side(sequences, pad_id)
+    last = column + np.array([len(ids) - 1 for ids in sequences])
+    hidden = model.hidden(tokens, start)[row, last]
     return F.linear(hidden, model.head).reshape(len(last))
+
+
+def trained_logprobs(model, sequences, masks, pad_id, temperature=1.0):
+    """(logp, mask), a Tensor and bools (B, L): the log-probabilities of each sequence's tokens in its mask, the first
+    ones first and 0 behind them."""
+    tokens, start, row, column = side_by_side(sequences, pad_id)
+    where = [c + np.flatnonzero(mask[1:]) for c, mask in zip(column, masks, strict=True)]  # of the targets' logits
+    trained = np.zeros(start[:, 1:].shape, bool)
+    there = np.arange(max(map(len, where))) < np.array([[len(at)] for at in where])
+    index = np.zeros(there.shape, int)
+    for n, at in enumerate(where):
+        trained[row[n], at] = True
+        index[n, : len(at)] = at
+    logp = token_logprobs(model, Batch(tokens, start[:, :-1], trained), temperature)
+    return ag.where(logp[row[:, None], index], 0.0, condition=there), there
 
 
 # ------------------------------------------------------------------ a run

@@ -32,13 +32,12 @@ from .common import (
     hold_out,
     load_tokenizer,
     load_with_head,
-    pad,
     padding_of,
     read_files,
     same_tokenizer,
     save_model,
     template_of,
-    token_logprobs,
+    trained_logprobs,
 )
 from .evaluation import complete, examiner
 
@@ -79,9 +78,8 @@ class DPOConfig(QuestionSettings, TuningSettings):
 def pair_logprobs(model, examples, pad_id):
     """(log pi(y_w|x), log pi(y_l|x)), Tensors (B,), and the answers' lengths, arrays (B,). One forward for both."""
     sequences, masks = zip(*(e.answers[k] for k in (0, 1) for e in examples), strict=True)
-    batch, B = pad(sequences, masks, pad_id), len(examples)
-    logp = sequence_logprobs(token_logprobs(model, batch), batch.mask)
-    lengths = batch.mask.sum(1)
+    logp, mask = trained_logprobs(model, sequences, masks, pad_id)
+    logp, lengths, B = sequence_logprobs(logp, mask), mask.sum(1), len(examples)
     return logp[:B], logp[B:], (lengths[:B], lengths[B:])
 
 

@@ -24,7 +24,7 @@ from ..data.conversations import question_of
 from ..data.readers import read_rows
 from ..generate import generate
 from ..kernels.device import to_host
-from .common import frozen_logprobs, pad, spellings
+from .common import frozen_logprobs, pad, spellings, trained_logprobs
 
 ROWS = 128  # answered at once
 
@@ -264,8 +264,13 @@ def divergence(policy, reference, batch, temperature=1.0):
 
 def answer_logprobs(model, encoded, pad_id, temperature=1.0):
     """(B,) log p of answers, each (ids, mask) as encode_answer makes them: the sum over the mask, the end included."""
-    batch = pad([ids for ids, _ in encoded], [mask for _, mask in encoded], pad_id)
-    return np.where(batch.mask, frozen_logprobs(model, batch, temperature), 0).sum(1, dtype=np.float64)
+    found = []
+    for first in range(0, len(encoded), ROWS):
+        sequences, masks = zip(*encoded[first : first + ROWS], strict=True)
+        with no_grad():
+            logp, _ = trained_logprobs(model, sequences, masks, pad_id, temperature)
+        found.append(to_host(logp.data).sum(1, dtype=np.float64))
+    return np.concatenate(found)
 
 
 def pair_accuracy(margins):

@@ -4,8 +4,8 @@ Reward model: minimise  L = -(1 / N) sum over pairs of log sigmoid(r(x, y_w) - r
 r(x, y) is a linear head on the last hidden state of the answer's last token, its end-of-turn token, so that training
 and scoring read the same place. The trunk starts from the SFT weights (the head is new): a reward model that does not
 know the language learns lengths and keywords. Rows with more than two answers, {"prompt", "ranked": [best, ...]}, are
-ranked in one pass (all their pairs, or Plackett-Luce). Left out: an ensemble, a KL term of any kind, and margins, soft
-labels and centring for rows with more than two answers.
+ranked in one pass (all their pairs, or Plackett-Luce): four answers teach six comparisons for the price of two pairs.
+Left out: an ensemble, a KL term of any kind, and margins, soft labels and centring for rows with more than two answers.
 """
 
 import math
@@ -71,7 +71,10 @@ def preference_loss(r, examples, config, count):
         losses.append(reward_loss(r[two, 0], r[two, 1], margins, config.centring, labels, count))
     if more.size:
         there = np.arange(r.shape[1]) < sizes[more, None]
-        losses.append(ranking_loss(r[more], there, config.ranking, count))
+        ranks = np.zeros(there.shape, int)
+        for row, i in enumerate(more):
+            ranks[row, : sizes[i]] = examples[i].places()
+        losses.append(ranking_loss(r[more], there, config.ranking, count, ranks))
     return sum(losses)
 
 
@@ -82,37 +85,51 @@ def score_answers(model, examples, pad_id):
     return scores(model, sequences, pad_id).reshape(len(examples), K)
 
 
+def margins_of(r, examples):
+    """r_i - r_j of every two answers that are compared, in a list."""
+    return [row[i] - row[j] for row, e in zip(r, examples, strict=True) for i, j in e.compared()]
+
+
 def backward(model, batch, config, pad_id):
-    """Backward of the loss on the rankings of `batch`, in parts; its metrics, those of scores over the best two answers
-    of each."""
-    total, found = 0.0, []
+    """Backward of the loss on the rankings of `batch`, in parts; its metrics, over all answers that are compared."""
+    total, margins, found = 0.0, [], []
     for part in by_length(batch, config.micro_batch_size):
         r = score_answers(model, part, pad_id)
         loss = preference_loss(r, part, config, len(batch))
         loss.backward()
         total += loss.item()
-        found.append(to_host(r.data)[:, :2])
-    r = np.concatenate(found)
-    margin = r[:, 0] - r[:, 1]
-    metrics = {"loss": total, "accuracy": pair_accuracy(margin), "margin": margin.mean()}
+        r = to_host(r.data)
+        margins += margins_of(r, part)
+        found += [row[: len(e.answers)] for row, e in zip(r, part, strict=True)]
+    r, margins = np.concatenate(found), np.array(margins)
+    metrics = {"loss": total, "accuracy": pair_accuracy(margins), "margin": margins.mean()}
     return metrics | {"min_reward": r.min(), "mean_reward": r.mean(), "max_reward": r.max()}
 
 
-def measure(model, examples, pad_id, rows=16):
+def measure(model, examples, pad_id):
     """{"eval_accuracy", "eval_margin", "eval_loss"} over all pairs of the examples, ties counted half."""
+    return summary(held_margins(model, examples, pad_id))
+
+
+def held_margins(model, examples, pad_id, rows=16):
+    """The margins of all examples, an array."""
     margins = []
     with no_grad():
         for part in by_length(examples, rows):
-            r = to_host(score_answers(model, part, pad_id).data).astype(np.float64)
-            for row, e in zip(r, part, strict=True):
-                K = len(e.answers)
-                margins += [row[i] - row[j] for i in range(K) for j in range(i + 1, K)]
-    margins = np.array(margins)
+            margins += margins_of(to_host(score_answers(model, part, pad_id).data).astype(np.float64), part)
+    return np.array(margins)
+
+
+def summary(margins):
     return {
         "eval_accuracy": pair_accuracy(margins),
         "eval_margin": margins.mean(),
         "eval_loss": np.logaddexp(0, -margins).mean(),
     }
+
+
+def of_file(preference, path):
+    return preference.where.rpartition(":")[0] == str(path)
 
 
 def train(config):
@@ -125,18 +142,27 @@ def train(config):
     kept, held = hold_out(preferences, config.held_out, config.seed, key=lambda p: str(p.prompt))
     # The answer's last token is read, too, where a language model only predicts it.
     examples = encode_preferences(kept, template, tokenizer, length - 1).checked("--data")
-    tests = encode_preferences(held, template, tokenizer, length - 1, ties=False)
+    tests = {  # by file: some preferences are much harder than others
+        path.stem: encode_preferences(
+            [p for p in held if of_file(p, path)], template, tokenizer, length - 1, ties=False
+        )
+        for path in config.data
+    }
     pad_id = padding_of(tokenizer)
     batches = Batches(Items(examples), config.batch_size, config.seed)
     steps = math.ceil(config.epochs * len(examples) / config.batch_size)
     claim(config)
     if examples.left_out:
         print(f"left out: {examples.summary()}")
-    print(f"{len(examples):,} preferences, {len(tests):,} held out")
+    print(f"{len(examples):,} preferences, {sum(map(len, tests.values())):,} held out")
     optimizer = config.optimizer(model.parameters)
 
     def evaluate():
-        return measure(model, tests, pad_id) if tests else {}
+        margins = {name: held_margins(model, some, pad_id) for name, some in tests.items() if some}
+        found = summary(np.concatenate(list(margins.values()))) if margins else {}
+        if len(tests) > 1:
+            found |= {f"eval_accuracy/{name}": pair_accuracy(some) for name, some in margins.items()}
+        return found
 
     with Run(config, steps) as run:
         for _ in run.steps(evaluate):
