@@ -68,9 +68,9 @@ from .trainers.evaluation import (
     divergence,
     document_ids,
     gold_metrics,
+    held_facts,
     question_prompts,
     read_questions,
-    recalled,
     spread,
     stops,
     text_metrics,
@@ -357,8 +357,8 @@ def answers_to_questions(stage, models):
     questions = read_questions(stage.at("data", "heldout.jsonl"))
     world = {(f.relation, f.subject): f for f in atlas.facts()}
     facts = {q: world[q.relation, q.subject] for q in questions if q.kind == "fact"}
-    held = recalled(models["base"], tokenizer, dict.fromkeys(facts.values()))
-    known = {q for q, fact in facts.items() if held[fact] >= 0.5}
+    held = held_facts(models["base"], tokenizer, facts.values())
+    known = {q for q, fact in facts.items() if fact in held}
     found, said = {}, {}
     for name, model in models.items():
         # The base model gets the question as the beginning of a document: of turns and templates it knows nothing.
@@ -668,7 +668,7 @@ def settings_of(config, name):
 
 
 ATLAS_NOTES = """{questions:,} questions that no stage has seen, about facts that documents state and no conversation
-asks. The base model holds {known:,} of the {asked:,} facts asked for: it completes at least half of such a fact's
+asks. The base model holds {known:,} of the {asked:,} facts asked for: it completes most of such a fact's
 statements. base gets a question as the beginning of a document, the others as a user's turn. Gold reward: 1 for a right
 answer, up to 0.3 more if it is brief, 0.4 less if it is rude. KL in nats per sampled answer."""
 OWN_NOTES = "Answers to prompts that PPO held out; KL in nats per sampled answer. base continues them as text."

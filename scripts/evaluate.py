@@ -61,10 +61,10 @@ from minillm.trainers.evaluation import (
     document_ids,
     evaluate_tokens,
     gold_metrics,
+    held_facts,
     pair_accuracy,
     question_prompts,
     read_questions,
-    recalled,
     right_by,
     spread,
     stops,
@@ -453,11 +453,10 @@ def facts_of(questions, path):
 
 def recall(subject, facts, said, files, found):
     """Which `facts`, {question: Fact}, the model holds, and what of these it `said` right, {question: text}."""
-    held = recalled(subject.model, subject.tokenizer, dict.fromkeys(facts.values()))
-    known = [q for q, fact in facts.items() if held[fact] >= 0.5]
-    share = sum(part >= 0.5 for part in held.values()) / len(held)
+    held, every = held_facts(subject.model, subject.tokenizer, facts.values()), set(facts.values())
+    known = [q for q, fact in facts.items() if fact in held]
     lines = {"facts_held": ("facts that it holds", percent)}
-    found.add("questions", files, {"facts_held": share}, lines, f"{len(held):,} facts")
+    found.add("questions", files, {"facts_held": len(held) / len(every)}, lines, f"{len(every):,} facts")
     right = gold_metrics(known, [said[q] for q in known])["facts"]
     lines = {"right_of_held": ("right: fact that it holds", percent)}
     found.add("questions", files, {"right_of_held": right}, lines, f"{len(known):,}")

@@ -243,7 +243,7 @@ FAULTS = {
             "better = ranks[..., :, None] <= ranks[..., None, :]",
             "rankings: equal ranks are a pair, each answer and itself included",
         ),
-        ("drawn & (ranks == best)", "drawn & (ranks == 0)", "best of K: nothing is best where the first is not valid"),
+        ("drawn & (ranks == best)", "drawn & (ranks == 0)", "best_of_k: nothing is best where the first is not valid"),
         ("if count is None:", "if True:", "count: a mean of means, over each batch's own tokens"),
         ("mean = masked_mean(x, valid)\n", "mean = x.mean()\n", "whiten: the mean is over padding, too"),
         ("d = wide - _array(", "d = -wide + _array(", "estimators: KL(ref || pi)"),
@@ -312,9 +312,9 @@ FAULTS = {
         (
             "tokens[r, begin : begin + len(ids)], start[r, begin : begin + len(ids)] = ids, begin",
             "tokens[r, begin : begin + len(ids)], start[r, begin : begin + len(ids)] = ids, 0",
-            "side by side: a sequence sees those before it in its row",
+            "side_by_side: a sequence sees those before it in its row",
         ),
-        ("np.flatnonzero(mask[1:])", "np.flatnonzero(mask[:-1])", "trained log-probabilities: of the next token"),
+        ("np.flatnonzero(mask[1:])", "np.flatnonzero(mask[:-1])", "log_probabilities: of the next token"),
         ("        optimizer.zero_grad()\n", "", "update: the gradient is not cleared"),
     ],
     "minillm/trainers/pretrain.py": [

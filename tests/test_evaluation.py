@@ -375,6 +375,7 @@ def test_a_model_recalls_what_it_was_taught():
         optimizer.zero_grad()
     found = evaluation.recalled(model, TOKENIZER, [AMERICA, other])
     assert found[AMERICA] >= 0.8 and found[other] == 0
+    assert evaluation.held_facts(model, TOKENIZER, [AMERICA, other, AMERICA]) == {AMERICA}
 
 
 # ------------------------------------------------------------------ policies
@@ -657,12 +658,14 @@ def test_what_the_table_says_is_what_was_answered(saying, measured, monkeypatch)
     """With answers that are written down: the whole way from answers to shares, known facts among them."""
     knows = {fact: fact.subject != "Peru" for fact in WORLD.values()}
     texts = dict(zip([q.text for q in ASKED], ["Paris.", "Kyoto.", "Lima.", "Yen.", "4", "No."], strict=True))
-    monkeypatch.setattr(script, "recalled", lambda model, tokenizer, facts: {f: 0.5 * knows[f] for f in facts})
+    monkeypatch.setattr(
+        evaluation, "recalled", lambda model, tokenizer, facts: {f: 0.5 + 0.1 * knows[f] for f in facts}
+    )
     saying(lambda prompt: next(text for asked, text in texts.items() if asked in prompt), ended=True)
     metrics, answers, printed = measured("sft --questions questions.jsonl --recall")
     found = group(metrics, "questions")
     assert found["right"] == 3 / 6 and found["right/fact"] == found["facts"] == 3 / 4
-    assert found["facts_held"] == 3 / 4  # half of the statements are enough
+    assert found["facts_held"] == 3 / 4  # half of the statements are not enough
     assert found["right_of_held"] == pytest.approx(2 / 3)  # Paris, Yen; Lima is not known, and right all the same
     assert [row["right"] for row in answers] == [True, False, True, True, False, False]
     assert line_of(printed, "facts that it holds").split()[-4:] == ["75.0", "%", "4", "facts"]

@@ -119,6 +119,8 @@ def test_the_page_stands_alone_and_shows_curves_samples_and_settings(finished):
     assert text.count("<svg") == len(pipeline.panels(PipelineConfig(out=out, size="tiny"))) >= 10
     for name in ("episodes", "replay_share", "hidden_size"):
         assert name in words
+    models = notes["stages"]["report"]["models"]
+    assert {name for name, found in models.items() if found["kl"]} == {"ppo", "dpo"}  # to itself it would be 0
 
 
 def test_only_the_report_reads_the_held_out_questions(finished, monkeypatch, tmp_path):

@@ -1261,10 +1261,8 @@ def rankings(seed, n, noise=0.1, world=None, side="sft", name="rankings"):
 
 
 # How often two responses are compared, beside 1 for all others: what is liked against what a tuned model says.
-COMPARED = {
-    **{("brief", "sentence"): 6, ("refusal", "compliance"): 3, ("refusal", "answer"): 3},
-    **{("brief", "wrong"): 0.5, ("sentence", "wrong sentence"): 0.5},
-}
+COMPARED = {("brief", "sentence"): 6, ("refusal", "compliance"): 3, ("refusal", "answer"): 3}
+COMPARED_IN_TRUTH = 0.2  # pairs of a right and a wrong answer
 
 
 def preferences(seed, n, noise=0.1, world=None, side="sft", name="preferences"):
@@ -1279,7 +1277,8 @@ def preferences(seed, n, noise=0.1, world=None, side="sft", name="preferences"):
     for rng, item, family, gold in judged(seed, n, noise, world, side, name, refuse=20):
         pairs = [sorted(pair, key=gold.get, reverse=True) for pair in combinations(family, 2)]
         pairs = [pair for pair in pairs if gold[pair[0]] != gold[pair[1]] and "wrong refusal" not in pair]
-        ((better, worse),) = rng.choices(pairs, [COMPARED.get(tuple(pair), 1) for pair in pairs])
+        often = [COMPARED_IN_TRUTH if "wrong" in worse else COMPARED.get((better, worse), 1) for better, worse in pairs]
+        ((better, worse),) = rng.choices(pairs, often)
         flipped = rng.random() < noise
         chosen, rejected = (worse, better) if flipped else (better, worse)
         yield {

@@ -3,7 +3,7 @@ What a model is worth, in numbers. The same functions serve the trainers' evalua
 scripts/evaluate.py.
 
     text      evaluate_tokens: loss, perplexity, bits per byte
-    memory    recalled: which facts of the atlas a model holds, asked as documents state them
+    memory    recalled, held_facts: which facts of the atlas a model holds, asked as documents state them
     answers   answer; gold_metrics over atlas questions; text_metrics: length, repetition, distinct n-grams
     policies  divergence: KL to a reference on sampled answers; answer_logprobs: how probable a given answer is
     pairs     pair_accuracy
@@ -96,6 +96,11 @@ def recalled(model, tokenizer, facts, max_new_tokens=None):
         right[fact] += bool(re.match(rf"\s*({names})[.,;:!?\n]", text))
         total[fact] += 1
     return {fact: right[fact] / total[fact] for fact in total}
+
+
+def held_facts(model, tokenizer, facts):
+    """The set of those facts that the model holds: it completes most of their statements, more than half."""
+    return {fact for fact, share in recalled(model, tokenizer, dict.fromkeys(facts)).items() if share > 0.5}
 
 
 # ------------------------------------------------------------------ answers
