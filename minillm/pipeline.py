@@ -97,7 +97,7 @@ SIZES = {
         "data": {"size_bytes": 18_000_000, "most_facts": 750, "conversations": 16_000},
         "tokenizer": {"vocab_size": 2048, "validation": 0.005},
         "pretrain": {"tokens": 5_000_000, "batch_size": 8, "weight_decay": 0.02, "eval_every": 500},
-        "sft": {**SHORT, "epochs": 1.25, "lr": 7e-4, "batch_size": 8, "replay_share": 0.5, "eval_every": 200},
+        "sft": {**SHORT, "epochs": 1.25, "lr": 1e-3, "batch_size": 8, "replay_share": 0.5, "eval_every": 200},
         "reward": {**SHORT, "lr": 1.2e-3, "batch_size": 8, "eval_every": 200},
         "ppo": {"episodes": 1920, "max_new_tokens": 32, "eval_every": 10},
         "dpo": {**SHORT, "lr": 1e-4, "batch_size": 16, "eval_every": 100},
@@ -131,9 +131,9 @@ SIZES = {
 # What changes where the data are one's own: texts are longer, and nothing is known about them.
 OWN = {
     "tokenizer": {"vocab_size": 4096, "validation": 0.02},
-    "pretrain": {"length": 256, "batch_size": 16, "tokens": 3_500_000},
+    "pretrain": {"length": 256, "batch_size": 8, "tokens": 3_500_000},
     "sft": {"length": 256, "batch_size": 16, "epochs": 2.0, "replay_share": 0.25},
-    "reward": {"length": 256, "micro_batch_size": 8},
+    "reward": {"length": 256, "micro_batch_size": 8, "epochs": 2.0, "held_out": 0.1},
     "ppo": {"episodes": 1024},
     "dpo": {"length": 256, "micro_batch_size": 8},
 }

@@ -581,7 +581,7 @@ def test_instructions_are_right_and_mostly_polite_sentences(known_questions):
                 checked[question.kind] += 1
     assert min(checked[kind] for kind in ("fact", "harmless", "arithmetic", "refuse")) > 50
     assert turns[4] > 100 and styles["talk"] > 30
-    assert styles["brief"] / (styles["brief"] + styles["sentence"]) == pytest.approx(0.15, abs=0.025)
+    assert styles["brief"] / (styles["brief"] + styles["sentence"]) == pytest.approx(0.25, abs=0.025)
     assert styles["refusal"] / len(rows) == pytest.approx(0.09, abs=0.02)
     briefer = Counter(row["style"] for row in atlas.instructions(0, 500, brief_share=1))
     assert briefer["sentence"] == 0 and briefer["brief"] > 400

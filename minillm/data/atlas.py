@@ -1156,7 +1156,7 @@ def spoken(rng, sentence):
     return f"{sentence} {rng.choice(atlas_tables.POLITE_ENDS)}" if rng.random() < 0.7 else sentence
 
 
-def instructions(seed, n, brief_share=0.15, world=None):
+def instructions(seed, n, brief_share=0.25, world=None):
     """n conversations {"messages", "kind", "style"} about the facts of the side "sft" (`split`).
 
     style: "brief" (the answer alone) for `brief_share` of the questions that have an answer, else "sentence", a polite
