@@ -72,9 +72,7 @@ def segments(messages, template, tokenizer, add_generation_prompt=False, **varia
     """The segments of a conversation, in a list; joined, their texts are the rendered text. Arguments as `render`."""
     check_messages(messages)
     if template not in TEMPLATES:
-        if "{{" in template or "{%" in template:
-            return jinja_segments(messages, template, tokenizer, add_generation_prompt, variables)
-        raise ValueError(f"no template {template!r}: {', '.join(TEMPLATES)}, or the source of a Jinja template")
+        return jinja_segments(messages, jinja_source(template), tokenizer, add_generation_prompt, variables)
     if variables:
         raise ValueError(f"template {template!r} has no variables, and got {', '.join(variables)}")
     for n, message in enumerate(messages):
@@ -218,6 +216,84 @@ ALPACA_PREAMBLE = (
 )
 TEMPLATES = {"chatml": chatml, "llama2": llama2, "llama3": llama3, "alpaca": alpaca}
 
+# The same templates for everybody else, who takes Jinja. Through `render` they give the same ids and mask. Elsewhere
+# text and template are one string, which is cut into tokens as a whole: there a message can write control tokens, and
+# the blank before an answer (llama2) or the second line end (llama3) may go with the answer's first word.
+_BOS = "{%- if bos_token %}{{- bos_token }}{%- endif %}"
+_TURNS = """
+{%- for message in messages %}
+{%- if message['role'] == 'system' and not loop.first %}
+{{- raise_exception('a system message has its place before all other messages') }}
+{%- endif %}
+{%- if message['tool_calls'] %}{{- raise_exception('this template has no place for tool_calls') }}{%- endif %}
+"""
+_PAIRS = """
+{%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else none %}
+{%- set talk = messages if system is none else messages[1:] %}
+{%- if not talk %}{{- raise_exception('this template needs a user message') }}{%- endif %}
+{%- if add_generation_prompt and talk | length % 2 == 0 %}
+{{- raise_exception('this template can only prompt for an answer behind a user message') }}
+{%- endif %}
+"""
+_PAIRED_TURNS = """
+{%- for message in talk %}
+{%- if message['role'] != ('assistant' if loop.index0 % 2 else 'user') %}
+{{- raise_exception('in this template user and assistant take turns') }}
+{%- endif %}
+{%- if message['tool_calls'] %}{{- raise_exception('this template has no place for tool_calls') }}{%- endif %}
+"""
+JINJA = {
+    "chatml": _BOS
+    + _TURNS
+    + r"""
+{{- '<|im_start|>' + message['role'] + '\n' }}
+{%- if message['role'] == 'assistant' %}
+{%- generation %}{{- message['content'] + '<|im_end|>' }}{%- endgeneration %}
+{%- else %}{{- message['content'] + '<|im_end|>' }}{%- endif %}
+{{- '\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
+""",
+    "llama2": _PAIRS
+    + _PAIRED_TURNS
+    + r"""
+{%- if message['role'] == 'user' %}"""
+    + _BOS
+    + r"""
+{{- '[INST] ' }}
+{%- if loop.first and system is not none %}{{- '<<SYS>>\n' + system + '\n<</SYS>>\n\n' }}{%- endif %}
+{{- message['content'] + ' [/INST]' }}
+{%- else %}{{- ' ' }}
+{%- generation %}{{- message['content'] + ' ' + eos_token }}{%- endgeneration %}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- ' ' }}{%- endif %}
+""",
+    "llama3": _BOS
+    + _TURNS
+    + r"""
+{%- set role = 'ipython' if message['role'] == 'tool' else message['role'] %}
+{{- '<|start_header_id|>' + role + '<|end_header_id|>\n\n' }}
+{%- if message['role'] == 'assistant' %}
+{%- generation %}{{- message['content'] + '<|eot_id|>' }}{%- endgeneration %}
+{%- else %}{{- message['content'] + '<|eot_id|>' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}
+""",
+    "alpaca": _BOS
+    + _PAIRS
+    + f"{{{{- '{ALPACA_PREAMBLE}' if system is none else system }}}}"
+    + _PAIRED_TURNS
+    + r"""
+{%- if message['role'] == 'user' %}
+{{- '\n\n### Instruction:\n' + message['content'] + '\n\n### Response:\n' }}
+{%- else %}
+{%- generation %}{{- message['content'] + eos_token }}{%- endgeneration %}
+{%- endif %}
+{%- endfor %}
+""",
+}
+
 
 def question_answer_pairs(template, turns, prompt):
     """(system text or None, [(question, answer), ...]) for templates that know only these; the last answer may be None.
@@ -245,6 +321,13 @@ def question_answer_pairs(template, turns, prompt):
 
 
 # ------------------------------------------------------------------ Jinja templates
+
+
+def jinja_source(template):
+    """The Jinja source of a template: of one of TEMPLATES, its equivalent; a source is its own. ValueError: neither."""
+    if template not in JINJA and "{{" not in template and "{%" not in template:
+        raise ValueError(f"no template {template!r}: {', '.join(TEMPLATES)}, or the source of a Jinja template")
+    return JINJA.get(template, template)
 
 
 def load_template(path):

@@ -12,6 +12,7 @@ and their gradients into another, so that an optimizer, clipping and zeroing are
 by side there, and gate, up too, their fused weights, which the computation uses, are views as well.
 """
 
+import copy
 import dataclasses
 import math
 
@@ -134,30 +135,67 @@ class Model:
     parameters  {Hugging Face name: Tensor}; .data and .grad are views into `flat` and `flat_grad`
     flat        every parameter, one after another, in the order of `parameters`
     flat_grad   the gradients, likewise; zero it after each optimizer step: model.flat_grad[...] = 0
+    used        {name: Tensor}: what the computation uses, some of it fused
+    adapter     None, or the low-rank adapter that `parameters` are (lora.py)
     """
 
+    transposed = False  # whether the blocks' matrices are stored (in, out)
+
     def __init__(self, config, seed=0, dtype=np.float32):
-        self.config = config
-        shapes = self.shapes(config)
+        """Fresh weights from the seed; seed None leaves zeros, for weights that come from elsewhere."""
+        self.config, self.adapter, self._instead = config, None, {}
+        self._place(self.shapes(config), dtype)
+        self.used = self._fused()
+        self._list_blocks()
+        if seed is not None:
+            rng = np.random.default_rng(seed)
+            for name, p in self.parameters.items():
+                self._initialise(name, p.data, rng)
+
+    def _place(self, shapes, dtype):
+        """Allocate flat memory for {name: shape}, and make the Tensors that are views into it."""
         size = sum(math.prod(shape) for shape in shapes.values())
         self.flat, self.flat_grad = np.zeros(size, dtype), np.zeros(size, dtype)
-        self._place(shapes)
-        rng = np.random.default_rng(seed)
-        for name, p in self.parameters.items():
-            self._initialise(name, p.data, rng)
-
-    def _place(self, shapes):
-        """Make the Tensors that are views into flat: the named ones, and the ones the computation uses."""
         self._offsets, offset = {}, 0
         for name, shape in shapes.items():
             self._offsets[name] = offset, shape
             offset += math.prod(shape)
-        self.parameters = {name: self._view(name) for name in shapes}
-        self.used = self._fused(dict(self.parameters))
+        self.parameters = {name: self.view(name) for name in shapes}
+
+    def _fused(self):
+        """The parameters, with projections that stand side by side as one Tensor each, in place of their parts."""
+        used = dict(self.parameters)
+        for fused, parts in self.projections(self.config).items():
+            if len(parts) > 1:
+                first, width = next(iter(parts)), sum(parts.values())
+                shape = width, self.parameters[f"{first}.weight"].shape[1]
+                for kind, wide in (("weight", shape), ("bias", (width,))):
+                    if f"{first}.{kind}" in used:
+                        used[f"{fused}.{kind}"] = self.view(f"{first}.{kind}", wide)
+                        for part in parts:
+                            del used[f"{part}.{kind}"]
+        return used
+
+    def _list_blocks(self):
         prefixes = [self.block_prefix.format(layer) for layer in range(self.config.num_hidden_layers)]
         self._block_names = [[name for name in self.used if name.startswith(prefix)] for prefix in prefixes]
 
-    def _view(self, first, shape=None):
+    def variant(self, shapes, use, instead):
+        """A model that computes with other parameters. It has a flat memory of its own for them; everything else is
+        shared and not copied, and this model stays as it is.
+
+        shapes   {name: shape} of its parameters; all 0
+        use      function(variant) -> {name: Tensor}, its `used`
+        instead  {name: function(x, weights) -> y}: what stands in place of blocks' projections (`projections`), called
+                 with the block's part of `used`
+        """
+        new = copy.copy(self)
+        new._place(shapes, self.flat.dtype)
+        new.used, new._instead = use(new), instead
+        new._list_blocks()
+        return new
+
+    def view(self, first, shape=None):
         """The Tensor that starts where the parameter `first` does; with a shape, it spans its neighbours too."""
         offset, own = self._offsets[first]
         shape = own if shape is None else shape
@@ -184,15 +222,8 @@ class Model:
     def load(self, arrays):
         """Copy {name: array} into the parameters. Every name and shape must fit; an error names those that do not, and
         then nothing has been copied."""
-        missing, extra = sorted(self.parameters.keys() - arrays.keys()), sorted(arrays.keys() - self.parameters.keys())
-        wrong = [
-            f"{name} is {tuple(arrays[name].shape)}, not {p.shape}"
-            for name, p in self.parameters.items()
-            if name in arrays and tuple(arrays[name].shape) != p.shape
-        ]
-        if missing or extra or wrong:
-            found = (("missing", missing), ("not known", extra), ("misshapen", wrong))
-            raise ValueError("; ".join(f"{what}: {', '.join(names[:5])}" for what, names in found if names))
+        shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+        check_shapes({name: p.shape for name, p in self.parameters.items()}, shapes)
         for name, p in self.parameters.items():
             p.data[...] = arrays[name]
 
@@ -240,6 +271,14 @@ class Model:
         run = checkpoint if self.config.activation_checkpointing and cache is None else _call
         return run(block, x, *weights)
 
+    def _linear(self, x, w, layer, name):
+        """x through one of a block's projections, or through what `variant` has put in its place."""
+        instead = self._instead.get(self.block_prefix.format(layer) + name)
+        if instead is not None:
+            return instead(x, w)
+        weight = w[f"{name}.weight"]
+        return F.linear(x, transpose(weight) if self.transposed else weight, w.get(f"{name}.bias"))
+
     def __call__(self, tokens, start=None, cache=None):
         """logits (B, T, V), or (B, T, 1) with a scalar head. Arguments as for `hidden`."""
         return F.linear(self.hidden(tokens, start, cache), self.head)
@@ -247,6 +286,20 @@ class Model:
     def new_cache(self, rows, capacity):
         """An empty Cache for `rows` sequences of up to `capacity` tokens."""
         return Cache(self.config, rows, capacity, self.flat)
+
+
+def check_shapes(expected, found):
+    """ValueError that names the tensors that are missing, not known or misshapen. Both are {name: shape}."""
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    wrong = [f"{n} is {found[n]}, not {s}" for n, s in expected.items() if n in found and found[n] != s]
+    complaints = (("missing", missing), ("not known", extra), ("misshapen", wrong))
+    told = [
+        f"{what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+        for what, names in complaints
+        if names
+    ]
+    if told:
+        raise ValueError("; ".join(told))
 
 
 def _head_shapes(config):
@@ -311,21 +364,18 @@ class Llama(Model):
             shapes |= {layer + "mlp.down_proj.weight": (d, c.intermediate_size)}
         return shapes | {"model.norm.weight": (d,)} | _head_shapes(c)
 
-    def _fused(self, used):
-        """q|k|v and gate|up as one Tensor each, in place of their parts."""
-        c = self.config
-        qkv = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    @staticmethod
+    def projections(config):
+        """{projection: {the modules that lie side by side in it: their widths}} of every block."""
+        c, found = config, {}
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         for i in range(c.num_hidden_layers):
             attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
-            used[attention + "qkv.weight"] = self._view(attention + "q_proj.weight", (qkv, c.hidden_size))
-            if c.attention_bias:
-                used[attention + "qkv.bias"] = self._view(attention + "q_proj.bias", (qkv,))
-            shape = (2 * c.intermediate_size, c.hidden_size)
-            used[mlp + "gate_up.weight"] = self._view(mlp + "gate_proj.weight", shape)
-            parts = [attention + f"{n}_proj" for n in "qkv"] + [mlp + f"{n}_proj" for n in ("gate", "up")]
-            for name in [f"{part}.{kind}" for part in parts for kind in ("weight", "bias")]:
-                used.pop(name, None)
-        return used
+            found[attention + "qkv"] = {f"{attention}{n}_proj": size for n, size in (("q", q), ("k", kv), ("v", kv))}
+            found[attention + "o_proj"] = {attention + "o_proj": c.hidden_size}
+            found[mlp + "gate_up"] = {f"{mlp}{n}_proj": c.intermediate_size for n in ("gate", "up")}
+            found[mlp + "down_proj"] = {mlp + "down_proj": c.hidden_size}
+        return found
 
     def _embed(self, tokens, start, before):
         if before + tokens.shape[1] > len(self.cos):
@@ -340,18 +390,18 @@ class Llama(Model):
         queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
         h = F.rms_norm(x, w["input_layernorm.weight"], eps=c.norm_eps)
-        h = F.linear(h, w["self_attn.qkv.weight"], w.get("self_attn.qkv.bias"))
+        h = self._linear(h, w, layer, "self_attn.qkv")
         q, k, v = (p.reshape(B, T, -1, c.head_dim) for p in split(h, sizes=(queries, keys, keys)))
         if c.qk_norm:
             q = F.rms_norm(q, w["self_attn.q_norm.weight"], eps=c.norm_eps)
             k = F.rms_norm(k, w["self_attn.k_norm.weight"], eps=c.norm_eps)
         q, k = (F.rope(p, cos=self.cos, sin=self.sin, offset=before) for p in (q, k))
         mixed = _attend(q, k, v, layer, start, cache)
-        x = add(x, F.linear(mixed.reshape(B, T, queries), w["self_attn.o_proj.weight"]))
+        x = add(x, self._linear(mixed.reshape(B, T, queries), w, layer, "self_attn.o_proj"))
 
         h = F.rms_norm(x, w["post_attention_layernorm.weight"], eps=c.norm_eps)
-        gate, up = split(F.linear(h, w["mlp.gate_up.weight"]), sizes=(c.intermediate_size, c.intermediate_size))
-        return add(x, F.linear(F.swiglu(gate, up), w["mlp.down_proj.weight"]))
+        gate, up = split(self._linear(h, w, layer, "mlp.gate_up"), sizes=(c.intermediate_size, c.intermediate_size))
+        return add(x, self._linear(F.swiglu(gate, up), w, layer, "mlp.down_proj"))
 
 
 # ------------------------------------------------------------------ GPT-2
@@ -364,6 +414,7 @@ class GPT2(Model):
     residual_projections = ("c_proj.weight",)
     embedding_name = "transformer.wte.weight"
     block_prefix = "transformer.h.{}."
+    transposed = True
 
     def __init__(self, config, seed=0, dtype=np.float32):
         if config.architecture != "gpt2":
@@ -386,8 +437,15 @@ class GPT2(Model):
                 shapes |= {f"{h}{back}.weight": (wide, d), f"{h}{back}.bias": (d,)}
         return shapes | {"transformer.ln_f.weight": (d,), "transformer.ln_f.bias": (d,)} | _head_shapes(c)
 
-    def _fused(self, used):
-        return used
+    @staticmethod
+    def projections(config):
+        """{projection: {the modules that lie side by side in it: their widths}} of every block: one module in each."""
+        d, widths = config.hidden_size, {}
+        for i in range(config.num_hidden_layers):
+            h = f"transformer.h.{i}."
+            widths |= {h + "attn.c_attn": 3 * d, h + "attn.c_proj": d}
+            widths |= {h + "mlp.c_fc": config.intermediate_size, h + "mlp.c_proj": d}
+        return {name: {name: width} for name, width in widths.items()}
 
     def _embed(self, tokens, start, before):
         """Learned positions count from each row's first token: padding on the left moves nobody's position."""
@@ -407,7 +465,7 @@ class GPT2(Model):
             return F.layer_norm(x, w[f"{name}.weight"], w[f"{name}.bias"], eps=c.norm_eps)
 
         def linear(x, name):
-            return F.linear(x, transpose(w[f"{name}.weight"]), w[f"{name}.bias"])
+            return self._linear(x, w, layer, name)
 
         qkv = split(linear(norm(x, "ln_1"), "attn.c_attn"), sizes=(D, D, D))
         q, k, v = (p.reshape(B, T, c.num_attention_heads, c.head_dim) for p in qkv)
@@ -416,6 +474,9 @@ class GPT2(Model):
         return add(x, linear(F.gelu(linear(norm(x, "ln_2"), "mlp.c_fc"), approximate="tanh"), "mlp.c_proj"))
 
 
+ARCHITECTURES = {"llama": Llama, "gpt2": GPT2}
+
+
 def build(config, seed=0, dtype=np.float32):
-    """The model of config.architecture, with fresh weights."""
-    return {"llama": Llama, "gpt2": GPT2}[config.architecture](config, seed, dtype)
+    """The model of config.architecture, with fresh weights; seed None leaves zeros."""
+    return ARCHITECTURES[config.architecture](config, seed, dtype)

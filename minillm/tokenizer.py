@@ -198,6 +198,8 @@ class Tokenizer:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,  # older readers would delete spaces before punctuation
+            "model_input_names": ["input_ids", "attention_mask"],  # by default a third, which these models refuse
+            "unk_token": None,  # nothing is unknown to bytes; some readers would add a token of their own
             **{key: name for key, name in roles.items() if name is not None},
         }
         path.write_text(self._backend.to_str(pretty=True), encoding="utf-8")

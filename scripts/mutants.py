@@ -44,6 +44,7 @@ TRAINERS = ["tests/test_exact.py", "tests/test_trainers.py"]
 AREAS = {
     "minillm/losses.py": ["tests/test_losses.py"],
     "minillm/optim.py": ["tests/test_optim.py"],
+    "minillm/lora.py": ["tests/test_lora.py"],
     "minillm/trainers/common.py": TRAINERS,
     "minillm/trainers/pretrain.py": TRAINERS,
     "minillm/trainers/sft.py": TRAINERS,
@@ -282,6 +283,25 @@ FAULTS = {
             "schedules: the last step is not at the floor",
         ),
     ],
+    "minillm/lora.py": [
+        (
+            "codes[::2] << 4 | codes[1::2]",
+            "codes[1::2] << 4 | codes[::2]",
+            "bits: the two weights of a byte are swapped",
+        ),
+        ("c = self.offset + self", "c = self", "scale: the offset of double quantisation is not given back"),
+        ("u = (scale * (flat @ A.T))", "u = (flat @ A.T)", "ops: an adapter's output without its scale"),
+        ("[scale * (g[:, own] @ b) for", "[g[:, own] @ b for", "gradient: dA and dx without the scale"),
+        ("dx += v @ A", "pass", "gradient: dx of the frozen weight alone"),
+        ("math.sqrt(p.shape[1])", "math.sqrt(p.shape[0])", "kaimings: A's size by its rank, not by its inputs"),
+        ("._replace(modules={})", "._replace()", "begins: the reference has the adapter, switched on"),
+        (
+            "w[...] = w + (update.T if model.transposed else update)",
+            "w[...] = update.T if model.transposed else update",
+            "merged: the update in place of the weight",
+        ),
+        ("used[HEAD] = model.parameters[PREFIX + HEAD]", "pass", "gradient: a scalar head is frozen, too"),
+    ],
     "minillm/trainers/common.py": [
         ("schedule(step, steps, self.lr, warmup,", "schedule(step, steps, self.lr, 0,", "rate: no warm-up"),
         (
@@ -401,7 +421,7 @@ FAULTS = {
         ('models["sft"], rows)', "models[name], rows)", "page: KL of a model to itself"),
     ],
     "minillm/trainers/ppo.py": [
-        ('reference = with_head(policy, "lm")', "reference = policy", "reference: is the policy, which moves"),
+        ('else with_head(policy, "lm")', "else policy", "reference: is the policy, which moves"),
         (
             "return score - self.missing_eos_penalty * ~ended",
             "return score",

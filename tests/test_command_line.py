@@ -169,9 +169,8 @@ def make_world():
     )
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
 
-    def model(folder, tokenizer=tokenizer, head="lm", **options):
-        size = options.pop("vocab_size", tokenizer.vocab_size)
-        save_model(Path(folder), build(Config(vocab_size=size, head=head, **sizes)), tokenizer)
+    def model(folder, tokenizer=tokenizer, head="lm"):
+        save_model(Path(folder), build(Config(vocab_size=tokenizer.vocab_size, head=head, **sizes)), tokenizer)
 
     def data(folder, tokenizer, train=("some words here",)):
         Path(folder).mkdir()
@@ -189,7 +188,8 @@ def make_world():
     model("rm", head="scalar")
     model("other", other)
     model("rm_other", other, head="scalar")
-    model("too_many_tokens", other, vocab_size=tokenizer.vocab_size)
+    model("too_many_tokens")
+    other.save(Path("too_many_tokens"))
     model("no_tokenizer")
     (Path("no_tokenizer") / "tokenizer.json").unlink()
     model("no_weights")

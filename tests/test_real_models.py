@@ -14,7 +14,6 @@ import tokenizers
 
 from minillm import functional as F
 from minillm.generate import generate
-from minillm.hub import load_pretrained, save_pretrained
 from minillm.model import GPT2, Config
 from minillm.tokenizer import Tokenizer
 
@@ -22,59 +21,8 @@ ROOT = Path(__file__).parents[1]
 converter = runpy.run_path(str(ROOT / "scripts" / "convert_llama2c.py"))
 read_model, read_tokenizer = converter["read_model"], converter["read_tokenizer"]
 SHARED = ROOT.parent / "shared"
-MODELS, FIXTURES = SHARED / "data" / "models", SHARED / "fixtures" / "hf"
+MODELS = SHARED / "data" / "models"
 pytestmark = pytest.mark.skipif(not MODELS.exists(), reason="the published models are not beside this checkout")
-every_fixture = pytest.mark.parametrize("name", ["llama_gqa_tied", "llama_rope_scaling", "qwen2_bias", "gpt2"])
-
-# ------------------------------------------------------------------ Hugging Face checkpoints with float64 answers
-
-
-@every_fixture
-def test_logits(name):
-    stored = np.load(FIXTURES / name / "ref.npz")
-    for dtype, tolerance in ((np.float64, 1e-10), (np.float32, 1e-5)):
-        logits = load_pretrained(FIXTURES / name, dtype)(stored["input_ids"]).data
-        assert logits.dtype == dtype
-        assert np.abs(logits - stored["logits_f64"]).max() < tolerance
-
-
-@every_fixture
-def test_loss_and_every_gradient(name):
-    """Within 1e-8, and one rounding more, because the answers are stored in float32."""
-    stored = np.load(FIXTURES / name / "ref.npz")
-    model, ids = load_pretrained(FIXTURES / name, np.float64), stored["input_ids"]
-    loss = F.linear_cross_entropy(model.hidden(ids[:, :-1]), model.head, ids[:, 1:])
-    loss.backward()
-    assert abs(loss.item() - stored["loss_f64"]) < 1e-10
-    gradients = {key.removeprefix("grad::"): stored[key] for key in stored.files if key.startswith("grad::")}
-    assert gradients.keys() == model.parameters.keys()
-    for parameter, expected in gradients.items():
-        rounding = np.abs(expected) * np.finfo(np.float32).eps / 2
-        assert (np.abs(model.parameters[parameter].grad - expected) <= 1e-8 + rounding).all(), parameter
-
-
-@every_fixture
-def test_greedy_ids_and_a_left_padded_batch(name):
-    stored = np.load(FIXTURES / name / "ref.npz")
-    model = load_pretrained(FIXTURES / name)
-    expected, ids = stored["greedy_ids"][0], stored["input_ids"][0]
-    n = int(np.argmin(expected == ids[: len(expected)]))  # the prompt is where they agree
-    assert n >= 1
-    (out,) = generate(model, [ids[:n]], max_new_tokens=len(expected) - n, temperature=0)
-    assert np.array_equal(out.ids, expected[n:])
-    mask = stored["padded_mask"]
-    start = np.repeat((mask == 0).sum(1)[:, None], mask.shape[1], 1).astype(np.int32)
-    padded = model(stored["padded_ids"], start).data
-    assert np.abs(padded - stored["padded_logits_hf_f32"])[mask == 1].max() < 2e-5
-
-
-@every_fixture
-def test_saved_and_loaded_again(name, tmp_path):
-    model = load_pretrained(FIXTURES / name)
-    again = load_pretrained(save_pretrained(model, tmp_path / "saved"))
-    assert again.config == model.config
-    assert np.array_equal(again.flat, model.flat)
-
 
 # ------------------------------------------------------------------ stories260K
 

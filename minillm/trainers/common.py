@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 from .. import autograd as ag
 from .. import functional as F
+from .. import lora
 from ..autograd import no_grad
 from ..chat import TEMPLATES, load_template
 from ..data.pack import Batch, best_fit_rows
 from ..extras import extra
-from ..hub import load_pretrained, read_config, save_pretrained
+from ..hub import check_vocabulary, load_pretrained, read_config, save_pretrained
 from ..kernels.device import to_host
 from ..model import build
 from ..optim import AdamW, clip_scale, cosine_schedule, linear_schedule
@@ -142,6 +143,27 @@ class Settings:
 
 
 @dataclass(kw_only=True)
+class LoraSettings(Settings):
+    """Adapters. Train a few numbers beside a frozen model (lora.py)."""
+
+    lora_rank: int = 0
+    """train low-rank adapters of this rank, and freeze the model; 0: train the model itself"""
+    lora_alpha: float = 16.0
+    """what an adapter adds is multiplied by this and divided by the rank"""
+    lora_targets: tuple[str, ...] = ()
+    """the projections that get one, such as q_proj v_proj; none: all of them, which QLoRA found to matter most"""
+    quantize: Literal["none", "nf4"] = "none"
+    """hold the frozen model's matrices in four bits (QLoRA)"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least("lora_rank", 0)
+        self.above("lora_alpha", 0)
+        if self.quantize != "none" and not self.lora_rank:
+            self.refuse("quantize", "none without --lora-rank: four bits can not be trained")
+
+
+@dataclass(kw_only=True)
 class ChatSettings(Settings):
     """Conversations. What all trainers on them can be told."""
 
@@ -212,8 +234,8 @@ def load_tokenizer(folder):
         raise ValueError(str(error) if str(folder) in str(error) else f"{folder}: the tokenizer: {error}") from None
     if tokenizer.eos_id is None:
         raise ValueError(f"{folder}: the tokenizer has no end-of-text token, so no answer could end")
-    if (folder / "config.json").exists() and (size := read_config(folder).vocab_size) < tokenizer.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, and the model knows {size}")
+    if (folder / "config.json").exists():
+        check_vocabulary(tokenizer.vocab_size, read_config(folder).vocab_size, folder)
     return tokenizer
 
 
@@ -277,12 +299,11 @@ def _read_object(path):
 
 
 def save_model(folder, model, tokenizer, template=None):
-    """Write a folder that every trainer and script here, and transformers, can start from."""
-    save_pretrained(model, folder)
-    tokenizer.save(folder)
-    write_json(Path(folder) / "minillm.json", {"template": template})
-    if template and template not in TEMPLATES:  # Jinja source: where everybody else looks for it, too
-        (Path(folder) / "chat_template.jinja").write_text(template, encoding="utf-8")
+    """Write a folder that every trainer and script here, and transformers, can start from. minillm.json notes the
+    template, so that a trainer gets the built-in one back, not the Jinja source that is its equivalent."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_json(Path(folder) / "minillm.json", {"template": template})  # first: only config.json makes it a model folder
+    save_pretrained(model, folder, tokenizer, template)
     print(f"written to {folder}")
 
 
@@ -309,6 +330,36 @@ def load_with_head(folder, head, seed=None):
         hint = "; scripts/reward.py makes one of it" if head == "scalar" else ""
         raise ValueError(f"{folder} is {names[model.config.head]}, and {names[head]} is needed{hint}")
     return with_head(model, head, seed)
+
+
+# ------------------------------------------------------------------ adapters
+
+
+def trainable(model, settings):
+    """What is trained of a model: with --lora-rank one with an adapter and frozen weights, else the model itself."""
+    if not settings.lora_rank:
+        return model
+    adapted = lora.adapt(
+        model,
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        targets=settings.lora_targets or lora.ALL_LINEAR,
+        quantize=settings.quantize,
+        seed=settings.seed,
+    )
+    frozen = lora.memory(adapted)["frozen"]
+    print(f"{adapted.flat.size:,} numbers of adapters are trained, beside {frozen / 1e6:,.1f} MB of frozen weights")
+    return adapted
+
+
+def save_trained(settings, model, tokenizer, template):
+    """Write the folder of what was trained. An adapter is merged, so that the folder is a model's like any other, and
+    is in adapter/, too, in PEFT's files. Returns the model that was written."""
+    plain = model if model.adapter is None else lora.merge(model)
+    save_model(settings.out, plain, tokenizer, template)
+    if model.adapter is not None:
+        lora.save_adapter(model, settings.out / "adapter", settings.model)
+    return plain
 
 
 # ------------------------------------------------------------------ rows

@@ -4,7 +4,8 @@ h = beta [log pi(y_w|x) - log ref(y_w|x) - log pi(y_l|x) + log ref(y_l|x)]      
 
 Log-probabilities are sums over the answer's tokens and its end-of-turn token; the prompt is in none of them. The
 reference is the model that training starts from, and its log-probabilities are computed once, by the same code, before
-the first update: there h = 0 and L = ln 2. Left out: ties, a row's own margin and preference (the reward model uses
+the first update: there h = 0 and L = ln 2. With an adapter it is the model with the adapter switched off, unless
+--reference names another. Left out: ties, a row's own margin and preference (the reward model uses
 them), and sampling. What the policy does on prompts that no pair covers, the loss does not see (Xu et al. 2024), so
 watch the samples and rewards/chosen, which may fall while the margin grows.
 """
@@ -22,8 +23,10 @@ from ..data.conversations import encode_preferences, encode_prompts, pairs, prom
 from ..data.datasets import Batches, Items
 from ..data.readers import Bad
 from ..kernels.device import to_host
+from ..lora import switched_off
 from ..losses import dpo_loss, dpo_rewards, sequence_logprobs
 from .common import (
+    LoraSettings,
     QuestionSettings,
     Run,
     TuningSettings,
@@ -35,15 +38,16 @@ from .common import (
     padding_of,
     read_files,
     same_tokenizer,
-    save_model,
+    save_trained,
     template_of,
+    trainable,
     trained_logprobs,
 )
 from .evaluation import complete, examiner
 
 
 @dataclass(kw_only=True)
-class DPOConfig(QuestionSettings, TuningSettings):
+class DPOConfig(QuestionSettings, TuningSettings, LoraSettings):
     """Direct preference optimization."""
 
     reference: Path | None = None
@@ -149,8 +153,8 @@ def measure(model, examples, config, pad_id, rows=16):
 def train(config):
     """Train, and write the model folder; returns (model, tokenizer)."""
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
-    model = load_with_head(config.model, "lm")
-    reference = load_with_head(config.reference, "lm") if config.reference else model
+    model = trainable(load_with_head(config.model, "lm"), config)
+    reference = load_with_head(config.reference, "lm") if config.reference else switched_off(model)
     if config.reference:
         same_tokenizer(config.reference, tokenizer, config.model)
     context = model.config.max_position_embeddings
@@ -184,5 +188,4 @@ def train(config):
             batch = next(batches)
             metrics = backward(model, batch, config, pad_id)
             run.update(optimizer, metrics, tokens=sum(len(ids) for e in batch for ids, _ in e.answers))
-    save_model(config.out, model, tokenizer, template)
-    return model, tokenizer
+    return save_trained(config, model, tokenizer, template), tokenizer

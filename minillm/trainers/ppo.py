@@ -12,6 +12,11 @@ Four models: the policy, the frozen reference it started from, the frozen reward
                  -beta kl_t, with the score on the last token; advantages (GAE), whitened over valid tokens
     update       some epochs over the answers in minibatches; a policy step and a value step each
 
+With adapters (--lora-rank) the policy's is beside the model's weights, and the reference is the policy with the adapter
+switched off. The value model is an adapter and a whole head of its own beside the reward model's weights, the same
+arrays: values and scores need the same understanding, and neither can spoil the other's. So two models' weights are
+held for four. With --quantize nf4 the value model has four bits of its own: what scores is never rounded.
+
 Every array of a round is (B, T) over target positions: entry t belongs to tokens[t + 1], and `mask` is 1 on the answer.
 Left out: sharing a trunk between policy and value, and reward models that score unfinished text.
 """
@@ -34,6 +39,7 @@ from ..data.pack import Batch
 from ..data.readers import Bad
 from ..generate import generate
 from ..kernels.device import to_host
+from ..lora import switched_off
 from ..losses import (
     AdaptiveKL,
     gae,
@@ -46,6 +52,7 @@ from ..losses import (
     whiten,
 )
 from .common import (
+    LoraSettings,
     QuestionSettings,
     Run,
     claim,
@@ -58,17 +65,18 @@ from .common import (
     parts,
     read_files,
     same_tokenizer,
-    save_model,
+    save_trained,
     scores,
     template_of,
     token_logprobs,
+    trainable,
     with_head,
 )
 from .evaluation import divergence, gold_metrics, pair_accuracy, read_questions, spread
 
 
 @dataclass(kw_only=True)
-class PPOConfig(QuestionSettings):
+class PPOConfig(QuestionSettings, LoraSettings):
     """PPO against a reward model."""
 
     reward: Path
@@ -427,14 +435,19 @@ def against_gold(asked, sequences, score, tokenizer):
 def train(config):
     """Train, and write the policy's folder; returns (policy, tokenizer)."""
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
-    policy = load_with_head(config.model, "lm")
-    reference = with_head(policy, "lm")
+    model = load_with_head(config.model, "lm")
+    policy = trainable(model, config)
+    reference = switched_off(policy) if config.lora_rank else with_head(policy, "lm")
     reward_model = load_with_head(config.reward, "scalar")
     same_tokenizer(config.reward, tokenizer, config.model)
     if reward_model.config.vocab_size != policy.config.vocab_size:
         sizes = reward_model.config.vocab_size, policy.config.vocab_size
         raise ValueError(f"{config.reward} has {sizes[0]} tokens, and {config.model} has {sizes[1]}")
-    value_model = with_head(reward_model if config.value_init == "reward" else policy, "scalar", config.seed)
+    begin = reward_model if config.value_init == "reward" else model
+    if not (config.lora_rank and begin is reward_model):  # an adapter leaves it as it is, so nothing has to be copied
+        begin = with_head(begin, "scalar", config.seed)
+    value_model = trainable(begin, config)
+    del model, begin  # beside four bits, their arrays are needed no more
     context = min(policy.config.max_position_embeddings, reward_model.config.max_position_embeddings)
     if config.max_new_tokens >= context:
         config.refuse("max_new_tokens", f"below the models' context of {context}")
@@ -508,5 +521,4 @@ def train(config):
                 with open(config.out / "flight.jsonl", "a", encoding="utf-8") as file:
                     for row in flight_rows(e, new_logp, tokenizer, step, beta, config):
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    save_model(config.out, policy, tokenizer, template)
-    return policy, tokenizer
+    return save_trained(config, policy, tokenizer, template), tokenizer

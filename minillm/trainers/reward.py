@@ -21,6 +21,7 @@ from ..data.readers import Bad
 from ..kernels.device import to_host
 from ..losses import ranking_loss, reward_loss
 from .common import (
+    LoraSettings,
     Run,
     TuningSettings,
     by_length,
@@ -30,15 +31,16 @@ from .common import (
     load_with_head,
     padding_of,
     read_files,
-    save_model,
+    save_trained,
     scores,
     template_of,
+    trainable,
 )
 from .evaluation import pair_accuracy
 
 
 @dataclass(kw_only=True)
-class RewardConfig(TuningSettings):
+class RewardConfig(TuningSettings, LoraSettings):
     """Reward model."""
 
     epochs: float = 1.0
@@ -135,7 +137,7 @@ def of_file(preference, path):
 def train(config):
     """Train, and write the model folder; returns (model, tokenizer)."""
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
-    model = load_with_head(config.model, "scalar", config.seed)
+    model = trainable(load_with_head(config.model, "scalar", config.seed), config)
     context = model.config.max_position_embeddings
     length = min(config.length or context, context)
     preferences = read_files(config.data, read_preferences, Bad(config.skip_bad))
@@ -169,5 +171,4 @@ def train(config):
             batch = next(batches)
             metrics = backward(model, batch, config, pad_id)
             run.update(optimizer, metrics, tokens=sum(len(ids) for e in batch for ids, _ in e.answers))
-    save_model(config.out, model, tokenizer, template)
-    return model, tokenizer
+    return save_trained(config, model, tokenizer, template), tokenizer

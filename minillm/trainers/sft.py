@@ -17,6 +17,7 @@ from ..data.conversations import encode_conversations, encode_prompts, read_conv
 from ..data.datasets import Batches, Mixture, Windows, load_tokens
 from ..data.readers import Bad
 from .common import (
+    LoraSettings,
     QuestionSettings,
     Run,
     TuningSettings,
@@ -28,14 +29,15 @@ from .common import (
     parts,
     read_files,
     same_tokenizer,
-    save_model,
+    save_trained,
     template_of,
+    trainable,
 )
 from .evaluation import complete, evaluate_tokens, examiner
 
 
 @dataclass(kw_only=True)
-class SFTConfig(QuestionSettings, TuningSettings):
+class SFTConfig(QuestionSettings, TuningSettings, LoraSettings):
     """Supervised fine-tuning."""
 
     packing: Literal["best_fit", "pad"] = "best_fit"
@@ -68,7 +70,7 @@ class SFTConfig(QuestionSettings, TuningSettings):
 def train(config):
     """Train, and write the model folder; returns (model, tokenizer)."""
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
-    model = load_with_head(config.model, "lm")
+    model = trainable(load_with_head(config.model, "lm"), config)
     if config.replay:
         same_tokenizer(config.replay, tokenizer, config.model)
     length = min(config.length or model.config.max_position_embeddings, model.config.max_position_embeddings)
@@ -120,5 +122,4 @@ def train(config):
     if best[2] is not None:
         model.flat[...] = best[2]
         print(f"kept: the model after update {best[1]:,} of {steps:,}, with {best[0]:.1%} of the questions right")
-    save_model(config.out, model, tokenizer, template)
-    return model, tokenizer
+    return save_trained(config, model, tokenizer, template), tokenizer
