@@ -11,7 +11,9 @@ version = re.search(r'^__version__ = "(.+)"$', (root / "minillm/__init__.py").re
 data = ["pyarrow>=20", "zstandard>=0.23", "ftfy>=6.3", "py3langid>=0.4", "rensa>=0.5,<0.6"]
 plot = ["matplotlib>=3.9"]
 log = ["tensorboardX>=2.6"]
-test = ["pytest>=8.2", "hypothesis>=6.100", "pytest-timeout>=2.3.1", "setuptools>=77", *data, *plot, *log]
+serve = ["starlette>=1.0", "uvicorn>=0.50"]
+evaluate = ["lm_eval[api]>=0.4.13,<0.5"]  # api: to measure a server, too
+test = ["pytest>=8.2", "hypothesis>=6.100", "pytest-timeout>=2.3.1", "setuptools>=77", *data, *plot, *log, *serve]
 
 setup(
     name="minillm-train",  # the name `minillm` belongs to another distribution; the import name is `minillm`
@@ -54,6 +56,8 @@ setup(
         "data": data,
         "plot": plot,
         "log": log,
+        "serve": serve,
+        "eval": evaluate,
         "test": test,
         "dev": [*test, "ruff==0.17.5"],  # pinned: another version formats and warns differently
     },

@@ -80,7 +80,7 @@ def _softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-def _penalise(logits, seen, penalty):
+def penalise(logits, seen, penalty):
     """Make what has occurred less likely: divide its positive logits by the penalty and multiply its negative ones
     (Keskar et al. 2019, section 4.1)."""
     for row, ids in zip(logits, seen, strict=True):
@@ -88,7 +88,7 @@ def _penalise(logits, seen, penalty):
         row[ids] = np.where(row[ids] > 0, row[ids] / penalty, row[ids] * penalty)
 
 
-def _draw(filtered, streams):
+def draw(filtered, streams):
     """One token per row by inverting the cumulative distribution, and its log-probability."""
     p = _softmax(filtered)
     cumulative = np.cumsum(p, -1)
@@ -161,9 +161,9 @@ def generate(
         while batch.rows:
             logits = batch.next_logits()
             if repetition_penalty != 1:
-                _penalise(logits, [row.all_ids() for row in batch.rows], repetition_penalty)
+                penalise(logits, [row.all_ids() for row in batch.rows], repetition_penalty)
             filtered = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-            picks, logprobs = _draw(filtered, [row.stream for row in batch.rows])
+            picks, logprobs = draw(filtered, [row.stream for row in batch.rows])
             for row, token, logprob in zip(batch.rows, picks.tolist(), logprobs.tolist(), strict=True):
                 row.ids.append(token)
                 row.logprobs.append(logprob)

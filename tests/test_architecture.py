@@ -11,7 +11,20 @@ ROOT = Path(__file__).parents[1]
 # so are all the files of kernels/ that are ops. Rows stand in reading order: a module imports only what stands above.
 OP = "kernels.<op>"
 ENGINE = ["kernels.device", "autograd", "functional"]
-LIBRARY = [*ENGINE, "extras", "optim", "tokenizer", "chat", "model", "scaling", "hub", "losses", "generate", "data"]
+LIBRARY = [
+    *ENGINE,
+    "extras",
+    "optim",
+    "tokenizer",
+    "chat",
+    "model",
+    "scaling",
+    "hub",
+    "lora",
+    "losses",
+    "generate",
+    "data",
+]
 ARROWS = {
     "kernels": [],
     "kernels.device": [],
@@ -28,16 +41,34 @@ ARROWS = {
     "chat": ["tokenizer"],
     "model": ENGINE,
     "scaling": ["model"],
-    "hub": ["kernels.device", "model"],
+    "hub": ["kernels.device", "chat", "model"],
+    "lora": [*ENGINE, "model", "hub"],
     "losses": ENGINE,
     "data": [*ENGINE, "extras", "optim", "tokenizer", "chat", "data"],
     "generate": [*ENGINE, "model", "losses"],
+    "batching": [*ENGINE, "model", "generate"],
+    "server": ["extras", "tokenizer", "chat", "batching"],
     "trainers": [*LIBRARY, "trainers"],
+    "harness": [*LIBRARY, "trainers"],
     "report": ["extras", "data"],
     "pipeline": [*LIBRARY, "trainers", "report"],
-    "scripts": [*LIBRARY, "report", "pipeline", "op_examples", "trainers", "scripts", "kernels", "kernels.kernel", OP],
+    "scripts": [
+        *LIBRARY,
+        "server",
+        "report",
+        "pipeline",
+        "op_examples",
+        "trainers",
+        "scripts",
+        "kernels",
+        "kernels.kernel",
+        OP,
+    ],
     "tests": [
         *LIBRARY,
+        "harness",
+        "batching",
+        "server",
         "report",
         "pipeline",
         "op_examples",
