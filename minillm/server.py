@@ -359,6 +359,7 @@ class Service:
 
     template   for minillm.chat.render; None for a model that was never taught to chat
     name       what requests call the model
+    stops      ids that end an answer, besides the template's
     seed       requests without one draw from (seed, how many such there were before)
     api_key    what requests have to bring; "" for none
     hosts      the names that a request may have come to, as browsers put them in Host; None: any
@@ -375,6 +376,7 @@ class Service:
         template,
         *,
         name,
+        stops=(),
         limits=None,
         seed=0,
         api_key="",
@@ -386,7 +388,7 @@ class Service:
         self.limits, self.seed, self.api_key, self.hosts = limits or Limits(), seed, api_key, hosts
         self.log, self.tell = log, tell
         self.context, self.vocab_size = model.config.max_position_embeddings, model.config.vocab_size
-        self.stops = frozenset(stop_ids(template, tokenizer) if template else {tokenizer.eos_id})
+        self.stops = frozenset(stop_ids(template, tokenizer) if template else {tokenizer.eos_id}) | set(stops)
         self.most = self.limits.max_new_tokens or math.inf  # the context is a limit of its own
         self.created = int(time.time())
         self.batcher = Batcher(model, tokenizer, self.limits.rows, tell)

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 
 from minillm.chat import TEMPLATES, Segment, begin, encode_segments, render, stop_ids
 from minillm.generate import generate
+from minillm.hub import stop_tokens
 from minillm.trainers.common import load_tokenizer, load_with_head, template_of
 from scripts import command_line
 
@@ -120,13 +121,14 @@ class Turn(NamedTuple):
 class Chat:
     """A conversation with a model: `turns`, and before them the text `system`, "" for none."""
 
-    def __init__(self, model, tokenizer, template, system="", sampling=None):
+    def __init__(self, model, tokenizer, template, system="", sampling=None, stops=()):
         """`template` as for minillm.chat.render; None: the texts alone, for a model that was never taught to chat.
+        `stops` are ids that end an answer, besides the template's.
         ValueError: a template that this tokenizer can not write, or that has no place for a system message."""
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.sampling = sampling or Sampling()
         self.turns, self.system = [], ""
-        self.stops = stop_ids(template, tokenizer) if template else {tokenizer.eos_id}
+        self.stops = {*stops, *(stop_ids(template, tokenizer) if template else [tokenizer.eos_id])}
         self.set_system(system)
 
     def set_system(self, text):
@@ -431,7 +433,7 @@ def run(options):
     if not options.template and never_taught(options.model, template):
         told(f"{options.model} was never taught to chat: it will continue the text rather than answer")
         template = None
-    chat = Chat(model, tokenizer, template, options.system, options)
+    chat = Chat(model, tokenizer, template, options.system, options, stop_tokens(options.model))
     if options.prompt is not None:
         return chat.ask(options.prompt)
     if not sys.stdin.isatty():

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
 from minillm.generate import generate
-from minillm.hub import load_pretrained
+from minillm.hub import load_pretrained, stop_tokens
 from minillm.tokenizer import Tokenizer
 
 
@@ -64,7 +64,7 @@ def run(options):
         top_p=options.top_p,
         min_p=options.min_p,
         repetition_penalty=options.repetition_penalty,
-        stop_tokens=[] if tokenizer.eos_id is None else [tokenizer.eos_id],
+        stop_tokens=sorted(stop_tokens(options.model) | ({tokenizer.eos_id} - {None})),
         stop_strings=options.stop,
         tokenizer=tokenizer,
         seed=options.seed,

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 from minillm.chat import TEMPLATES
 from minillm.extras import extra
 from minillm.generate import generate
+from minillm.hub import stop_tokens
 from minillm.trainers.common import load_tokenizer, load_with_head, template_of
 from scripts import command_line
 from scripts.chat import never_taught
@@ -156,7 +157,7 @@ def run(options):
         max_new_tokens=options.max_new_tokens,
     )
     name = options.name or options.model.resolve().name
-    access = {"api_key": key, "hosts": options.hosts()}
+    access = {"api_key": key, "hosts": options.hosts(), "stops": stop_tokens(options.model)}
     sock = listen(options.host, options.port)
     with sock, logging(options.out) as log:
         service = Service(model, tokenizer, template, name=name, limits=limits, seed=options.seed, log=log, **access)

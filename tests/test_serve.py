@@ -295,6 +295,13 @@ def test_a_completion_is_what_generate_says(serve):
         assert answer["usage"] == usage
 
 
+def test_a_checkpoints_own_stops_end_an_answer_too(serve):
+    _, made = expected(ids("Hello"))
+    whole = complete(serve(), "Hello", temperature=0).json["choices"][0]["text"]
+    cut = complete(serve(stops={int(made.ids[3])}), "Hello", temperature=0).json["choices"][0]
+    assert cut["finish_reason"] == "stop" and whole.startswith(cut["text"]) and len(cut["text"]) < len(whole)
+
+
 @pytest.mark.parametrize(
     "prompt, lists",
     [
