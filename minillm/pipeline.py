@@ -153,7 +153,7 @@ class PipelineConfig:
     out: Path = Path("pipeline")
     """the folder of the whole: a folder for each stage, and report.html"""
     size: Literal["tiny", "default", "small", "medium"] = "default"
-    """of model and data: tiny is to try it, default takes 15 to 20 minutes on two cores, medium wants a GPU"""
+    """of model and data: tiny is to try it, default takes about 15 minutes on two cores, medium wants a GPU"""
     seed: int = 0
     """the random numbers of everything"""
     from_: Literal["data", "tokenizer", "pretrain", "sft", "reward", "ppo", "dpo", "report"] = None
