@@ -225,10 +225,9 @@ class Stage:
         """The questions that a trainer may look at: those about the development facts, never the held-out ones."""
         return None if self.config.own_data else self.at("data", "dev.jsonl")
 
-    def inputs(self, name):
-        """The files of one kind: the user's, or the atlas's."""
-        given = getattr(self.config, name)
-        return given or (self.at("data", OWN_DATA[name]),)
+    def inputs(self, name, file=None):
+        """The files of one kind: the user's, or the atlas's of that kind, which may be another `file`."""
+        return getattr(self.config, name) or (self.at("data", file or OWN_DATA[name]),)
 
 
 def make_data(stage):
@@ -286,7 +285,7 @@ def make_sft(stage):
 
 
 def make_reward(stage):
-    data = stage.config.preference_data or (stage.at("data", "rankings.jsonl"),)
+    data = stage.inputs("preference_data", "rankings.jsonl")
     reward.train(reward.RewardConfig(model=stage.at("sft"), data=data, **stage.chat))
     return compared(stage.folder, "eval_accuracy")
 
@@ -381,20 +380,22 @@ def answers_to_questions(stage, models):
         "questions": len(questions),
         "known": len(known),
         "asked": len(facts),
-        "clean_pairs": clean_pairs(stage, "clean_rankings.jsonl"),
-        "heldout_pairs": clean_pairs(stage, "heldout_rankings.jsonl"),
+        **ranked_right(stage),
         "models": found,
         "samples": samples,
     }
 
 
-def clean_pairs(stage, file):
-    """The reward model's accuracy on all pairs of rankings that it has not seen, where no two have changed places."""
-    folder = stage.at("reward")
+def ranked_right(stage):
+    """{"clean_pairs", "heldout_pairs"}: the reward model's accuracy on all pairs of rankings that it has not seen, in
+    the true order, about facts that it was asked and about held-out ones."""
+    folder, found = stage.at("reward"), {}
     model, tokenizer, template = load_with_head(folder, "scalar"), load_tokenizer(folder), template_of(folder)
-    pairs = read_files((stage.at("data", file),), read_preferences)
-    examples = encode_preferences(pairs, template, tokenizer, model.config.max_position_embeddings - 1)
-    return reward.measure(model, examples, padding_of(tokenizer))["eval_accuracy"]
+    for name, file in (("clean_pairs", "clean_rankings.jsonl"), ("heldout_pairs", "heldout_rankings.jsonl")):
+        rankings = read_files((stage.at("data", file),), read_preferences)
+        examples = encode_preferences(rankings, template, tokenizer, model.config.max_position_embeddings - 1)
+        found[name] = reward.measure(model, examples, padding_of(tokenizer))["eval_accuracy"]
+    return found
 
 
 def answers_to_prompts(stage, models):

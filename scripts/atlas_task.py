@@ -78,7 +78,7 @@ def parse(arguments):
 
 
 def rows_of(questions, most, seed):
-    """At most `most` rows, spread over those Questions that ask for a fact, each fact once.
+    """(at most `most` rows, all facts): the rows spread over those Questions that ask for a fact, each fact once.
 
     A row has the statement, the question, the name and the place (label) of the right option among `names` and, as an
     answer to the question, `answers`. The wrong ones are right elsewhere in the file. Left out are facts of relations

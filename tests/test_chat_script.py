@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -480,3 +481,36 @@ def test_a_mistake_is_one_line(arguments, code, message, run):
     status, out, err = run(arguments.split(), b"Q\n")
     assert (status, out) == (code, "") and err.startswith("chat.py: ") and message in err
     assert len(err.splitlines()) == 1 and "Traceback" not in err
+
+
+def test_a_checkpoints_own_stops_end_an_answer_too(run, world, capsys):
+    """generation_config.json may name more ends than the template has."""
+    folder = world / "stops"
+    save_model(folder, sharp(), TOKENIZER, "chatml")
+    capsys.readouterr()
+    _, whole, _ = run(["stops", "--prompt", "Hello", "--max-new-tokens", "24", "--temperature", "0"])
+    config = json.loads((folder / "generation_config.json").read_text())
+    config["eos_token_id"] = list(range(TOKENIZER.vocab_size))  # whatever comes is an end
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    _, cut, _ = run(["stops", "--prompt", "Hello", "--max-new-tokens", "24", "--temperature", "0"])
+    assert len(cut) < len(whole)
+
+
+def test_generate_ends_where_the_checkpoint_says(world):
+    ends = dict.fromkeys((EOS, END))
+    save_model(world / "ends", sharp(), TOKENIZER, "chatml")
+    told = []
+    for extra in ([], list(range(TOKENIZER.vocab_size))):
+        (world / "ends" / "generation_config.json").write_text(json.dumps({"eos_token_id": [*ends, *extra]}))
+        command = [
+            sys.executable,
+            Path(__file__).parents[1] / "scripts/generate.py",
+            "ends",
+            "Hello",
+            "--max-new-tokens",
+            "9",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=world)
+        assert done.returncode == 0, done.stderr
+        told.append(done.stderr)
+    assert "[1 tokens" in told[1] and "[1 tokens" not in told[0]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from minillm.autograd import Tensor
 from minillm.chat import jinja_source, load_template, stop_ids
-from minillm.data.conversations import Conversation, encode_conversations
+from minillm.data.conversations import Conversation, Preference, encode_conversations
 from minillm.data.datasets import Batches, TokenWriter, Windows
 from minillm.data.pack import Batch, pack
 from minillm.generate import generate
@@ -948,3 +948,10 @@ def test_a_reward_model_tells_its_accuracy_on_each_file(tmp_path):
     last = rows_of(tmp_path / "out/metrics.jsonl")[-1]
     assert last["eval_accuracy/clear"] == 1.0 and 0.1 < last["eval_accuracy/odd"] < 0.9
     assert last["eval_accuracy/odd"] < last["eval_accuracy"] < 1.0
+
+
+def test_preferences_of_two_files_with_one_name_stay_apart():
+    make = lambda where: Preference(where, [], ["a", "b"], 0.0, 1.0)
+    some = [make(f"{path}:{n}") for n, path in enumerate(("one/pairs.jsonl", "two/pairs.jsonl", "x.jsonl", "x.jsonl"))]
+    found = reward.by_file(some)
+    assert found == {"one/pairs.jsonl": some[:1], "two/pairs.jsonl": some[1:2], "x": some[2:]}

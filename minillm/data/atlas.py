@@ -1253,10 +1253,11 @@ def rankings(seed, n, noise=0.1, world=None, side="sft", name="rankings"):
             a, b = rng.sample(names, 2)
             value[a], value[b] = value[b], value[a]
         order = [[key for key in names if value[key] == v] for v in sorted(set(value.values()), reverse=True)]
-        alone = lambda group: group[0] if len(group) == 1 else group
+        order = [group if len(group) > 1 else group[0] for group in order]
+        said = [[family[key] for key in group] if isinstance(group, list) else family[group] for group in order]
         yield {
-            **{"prompt": item.question.text, "ranked": [alone([family[key] for key in group]) for group in order]},
-            **{"kind": item.question.kind, "order": [alone(group) for group in order], "flipped": flipped},
+            **{"prompt": item.question.text, "ranked": said},
+            **{"kind": item.question.kind, "order": order, "flipped": flipped},
         }
 
 
@@ -1315,8 +1316,9 @@ def write(folder, seed, size_bytes, dirty=0.1, noise=0.1, conversations=None, mo
     `size_bytes` counts the text of the documents; as JSON Lines they are about 8 percent more.
 
     pretrain.jsonl     `corpus`                    sft.jsonl       `instructions`
-    preferences.jsonl  `preferences`, a quarter as many as sft.jsonl         prompts.jsonl   `prompts`, as many again
-    rankings.jsonl     `rankings`, two for five of sft.jsonl
+    preferences.jsonl  `preferences`, one for four conversations
+    prompts.jsonl      `prompts`, as many
+    rankings.jsonl     `rankings`, two for five conversations
     dev.jsonl, heldout.jsonl   `questions`, as rows
     clean_rankings.jsonl, heldout_rankings.jsonl   200 more each, none flipped, the latter about held-out facts
     atlas.json         seed and sizes; of each file rows, bytes and sha256; pages and bytes of each kind; facts of each

@@ -28,7 +28,7 @@ from ..autograd import no_grad
 from ..chat import TEMPLATES, load_template
 from ..data.pack import Batch, best_fit_rows
 from ..extras import extra
-from ..hub import check_vocabulary, load_pretrained, read_config, save_pretrained
+from ..hub import check_vocabulary, load_pretrained, read_config, read_object, save_pretrained
 from ..kernels.device import to_host
 from ..model import build
 from ..optim import AdamW, clip_scale, cosine_schedule, linear_schedule
@@ -274,9 +274,9 @@ def template_of(folder, given=""):
         raise ValueError(f"--template {given!r} is none of {', '.join(TEMPLATES)}, and no file{hint}")
     if given:
         return _read_template(given)
-    noted = _read_object(Path(folder) / "minillm.json").get("template")
-    theirs = (Path(folder) / "chat_template.jinja").exists()
-    theirs = theirs or _read_object(Path(folder) / "tokenizer_config.json").get("chat_template")
+    read = lambda name: read_object(path) if (path := Path(folder) / name).exists() else {}
+    noted = read("minillm.json").get("template")
+    theirs = (Path(folder) / "chat_template.jinja").exists() or read("tokenizer_config.json").get("chat_template")
     return noted or (_read_template(folder) if theirs else "chatml")
 
 
@@ -285,17 +285,6 @@ def _read_template(path):
         return load_template(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
-
-
-def _read_object(path):
-    """The dict in a JSON file; {} where there is no file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} has to be a JSON object")
-    return found
 
 
 def save_model(folder, model, tokenizer, template=None):

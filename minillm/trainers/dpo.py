@@ -5,9 +5,9 @@ h = beta [log pi(y_w|x) - log ref(y_w|x) - log pi(y_l|x) + log ref(y_l|x)]      
 Log-probabilities are sums over the answer's tokens and its end-of-turn token; the prompt is in none of them. The
 reference is the model that training starts from, and its log-probabilities are computed once, by the same code, before
 the first update: there h = 0 and L = ln 2. With an adapter it is the model with the adapter switched off, unless
---reference names another. Left out: ties, a row's own margin and preference (the reward model uses
-them), and sampling. What the policy does on prompts that no pair covers, the loss does not see (Xu et al. 2024), so
-watch the samples and rewards/chosen, which may fall while the margin grows.
+--reference names another. Left out: ties, a row's own margin and preference (the reward model uses them), and sampling.
+What the policy does on prompts that no pair covers, the loss does not see (Xu et al. 2024), so watch the samples and
+rewards/chosen, which may fall while the margin grows.
 """
 
 import math

@@ -81,8 +81,7 @@ def recalled(model, tokenizer, facts, max_new_tokens=None):
 
     A statement, or a heading, is cut before the answer (atlas.clozes), so this asks for what the documents taught and
     not for any skill in answering. The answer has to end there, as it does in the documents: "Guinea-Bissau" is not
-    Guinea.
-    `max_new_tokens` None is enough for the longest answer and its full stop.
+    Guinea. `max_new_tokens` None is enough for the longest answer and its full stop.
     """
     asked = [(fact, text) for fact in facts for text in atlas.clozes(fact)]
     prompts = [document_ids(tokenizer, text) for _, text in asked]

@@ -10,6 +10,7 @@ Left out: an ensemble, a KL term of any kind, and margins, soft labels and centr
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -82,9 +83,10 @@ def preference_loss(r, examples, config, count):
 
 def score_answers(model, examples, pad_id):
     """r (B, K), a Tensor: the scores of every example's answers. Where one has fewer than K, its first one's again."""
-    K = max(len(e.answers) for e in examples)
-    sequences = [(e.answers + [e.answers[0]] * (K - len(e.answers)))[k][0] for e in examples for k in range(K)]
-    return scores(model, sequences, pad_id).reshape(len(examples), K)
+    sizes = np.array([len(e.answers) for e in examples])
+    first, k = np.cumsum(sizes) - sizes, np.arange(sizes.max())
+    each = scores(model, [ids for e in examples for ids, _ in e.answers], pad_id)
+    return each[first[:, None] + np.where(k < sizes[:, None], k, 0)]
 
 
 def margins_of(r, examples):
@@ -123,6 +125,7 @@ def held_margins(model, examples, pad_id, rows=16):
 
 
 def summary(margins):
+    """What an evaluation tells of margins, an array."""
     return {
         "eval_accuracy": pair_accuracy(margins),
         "eval_margin": margins.mean(),
@@ -130,8 +133,13 @@ def summary(margins):
     }
 
 
-def of_file(preference, path):
-    return preference.where.rpartition(":")[0] == str(path)
+def by_file(preferences):
+    """{name of a file: its Preferences}: the name without folder and ending, or in full where two are called so."""
+    found = {}
+    for preference in preferences:
+        found.setdefault(Path(preference.where.rpartition(":")[0]), []).append(preference)
+    stems = [path.stem for path in found]
+    return {path.stem if stems.count(path.stem) == 1 else str(path): some for path, some in found.items()}
 
 
 def train(config):
@@ -144,11 +152,9 @@ def train(config):
     kept, held = hold_out(preferences, config.held_out, config.seed, key=lambda p: str(p.prompt))
     # The answer's last token is read, too, where a language model only predicts it.
     examples = encode_preferences(kept, template, tokenizer, length - 1).checked("--data")
-    tests = {  # by file: some preferences are much harder than others
-        path.stem: encode_preferences(
-            [p for p in held if of_file(p, path)], template, tokenizer, length - 1, ties=False
-        )
-        for path in config.data
+    tests = {  # some preferences are much harder than others
+        name: encode_preferences(some, template, tokenizer, length - 1, ties=False)
+        for name, some in by_file(held).items()
     }
     pad_id = padding_of(tokenizer)
     batches = Batches(Items(examples), config.batch_size, config.seed)
@@ -162,7 +168,7 @@ def train(config):
     def evaluate():
         margins = {name: held_margins(model, some, pad_id) for name, some in tests.items() if some}
         found = summary(np.concatenate(list(margins.values()))) if margins else {}
-        if len(tests) > 1:
+        if len(margins) > 1:
             found |= {f"eval_accuracy/{name}": pair_accuracy(some) for name, some in margins.items()}
         return found
 
