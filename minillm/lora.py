@@ -443,7 +443,7 @@ def load_adapter(model, folder, quantize="none"):
             rslora=bool(values.get("use_rslora")),
             quantize=quantize,
         )
-        adapted.load({name: tensor.map() for name, tensor in stored.items()})
+        adapted.load_state_dict({name: tensor.map() for name, tensor in stored.items()})
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     return adapted

@@ -219,7 +219,11 @@ class Model:
                 std = 1 / math.sqrt(self.config.hidden_size + 1)
             data[...] = std * rng.standard_normal(data.shape)
 
-    def load(self, arrays):
+    def state_dict(self):
+        """{name: array} of the parameters, views of the flat memory."""
+        return {name: p.data for name, p in self.parameters.items()}
+
+    def load_state_dict(self, arrays):
         """Copy {name: array} into the parameters. Every name and shape must fit; an error names those that do not, and
         then nothing has been copied."""
         shapes = {name: tuple(array.shape) for name, array in arrays.items()}

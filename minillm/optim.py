@@ -73,6 +73,19 @@ class AdamW:
         for run in self.runs:
             run.grad[...] = 0
 
+    def state_dict(self):
+        """What a checkpoint keeps: {"steps", "m", "v"}; the rest is configuration."""
+        return {"steps": self.steps, "m": self.m, "v": self.v}
+
+    def load_state_dict(self, state):
+        """Go on from `state_dict()`. ValueError: the moments are of other parameters."""
+        for name, ours in (("m", self.m), ("v", self.v)):
+            theirs = state[name]
+            if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
+                raise ValueError(f"{theirs.size:,} moments in {theirs.dtype}, not {ours.size:,} in {ours.dtype}")
+            ours[...] = xp_of(ours).asarray(theirs)
+        self.steps = int(state["steps"])
+
     def grad_norm(self):
         """The L2 norm of all gradients together, as a float: that of one long vector."""
         return global_norm(run.grad for run in self.runs)

@@ -25,6 +25,7 @@ from typing import Literal
 import numpy as np
 
 from . import __version__
+from .checkpoint import LOCK, locked, write_json
 from .data import atlas
 from .data.conversations import (
     encode_answer,
@@ -59,7 +60,6 @@ from .trainers.common import (
     padding_of,
     read_files,
     template_of,
-    write_json,
 )
 from .trainers.evaluation import (
     answer,
@@ -156,6 +156,8 @@ class PipelineConfig:
     """of model and data: tiny is to try it, default takes about 15 minutes on two cores, medium wants a GPU"""
     seed: int = 0
     """the random numbers of everything"""
+    resume: bool = True
+    """go on in the middle of a stage, behind its newest checkpoint; False: begin that stage again"""
     from_: Literal["data", "tokenizer", "pretrain", "sft", "reward", "ppo", "dpo", "report"] = None
     """repeat this stage and all that follow, done or not"""
 
@@ -206,6 +208,11 @@ class Stage:
         self.told = config.recipe.get(name, {})
         self.folder = config.out / name
 
+    @property
+    def begun(self):
+        """Whether a trainer was stopped in the middle, and its checkpoints are there."""
+        return (self.folder / "checkpoints").is_dir()
+
     def at(self, stage, *names):
         """A path in another stage's folder."""
         return self.config.out.joinpath(stage, *names)
@@ -213,7 +220,7 @@ class Stage:
     @property
     def shared(self):
         """The settings that all trainers get."""
-        return {"out": self.folder, "seed": self.config.seed} | self.told
+        return {"out": self.folder, "seed": self.config.seed, "save_minutes": 1.0, "resume": self.begun} | self.told
 
     @property
     def chat(self):
@@ -447,6 +454,11 @@ def run(config):
     ValueError: OUT is somebody else's, or was made with other settings.
     """
     extra("matplotlib.figure", "plot")  # the report needs it: said now, and not after an hour
+    with locked(config.out):
+        return _stages(config)
+
+
+def _stages(config):
     notes = open_notes(config)
     for number, name in enumerate(STAGES, 1):
         if name in notes["stages"]:
@@ -456,8 +468,10 @@ def run(config):
         begin = time.perf_counter()
         reset_peak_memory()
         stage = Stage(config, name)
-        for left in (stage.folder, stage.folder.with_name(f"{name}.partial")):  # by a run that was stopped
-            shutil.rmtree(left, ignore_errors=True)
+        # What a run left that was stopped; a trainer goes on with it.
+        for left in (stage.folder, stage.folder.with_name(f"{name}.partial")):
+            if not (stage.begun and config.resume):
+                shutil.rmtree(left, ignore_errors=True)
         found = MAKE[name](stage)
         done = {"seconds": time.perf_counter() - begin, "peak_memory": peak_memory()}
         notes["stages"][name] = done | found
@@ -471,12 +485,10 @@ def run(config):
 def open_notes(config):
     """What is done, from OUT/pipeline.json, less what --from repeats."""
     path = config.out / NOTES
-    settings = {name: value for name, value in vars(config).items() if name not in ("out", "from_")}
+    settings = {name: value for name, value in vars(config).items() if name not in ("out", "from_", "resume")}
     settings = json.loads(json.dumps(settings, default=str))
-    if config.out.exists() and not config.out.is_dir():
-        raise ValueError(f"{config.out} is a file, and has to be a folder")
     if not path.exists():
-        if config.out.exists() and any(config.out.iterdir()):
+        if any(path.name != LOCK for path in config.out.iterdir()):
             raise ValueError(f"{config.out} is not empty, and was not made by the pipeline: take another --out")
         notes = {"settings": settings, "stages": {}}
     else:
@@ -489,7 +501,7 @@ def open_notes(config):
     if config.from_:
         for name in STAGES[STAGES.index(config.from_) :]:
             notes["stages"].pop(name, None)
-    config.out.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(config.out / name, ignore_errors=True)
     write_json(path, notes)
     return notes
 

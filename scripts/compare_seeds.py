@@ -18,9 +18,9 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+from minillm.checkpoint import write_json
 from minillm.pipeline import JUDGED, MODELS, PipelineConfig, run
 from minillm.report import table_lines
-from minillm.trainers.common import write_json
 from scripts import command_line
 
 

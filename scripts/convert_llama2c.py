@@ -61,7 +61,7 @@ def read_model(path):
             arrays[f"{whole.get(name, f'model.layers.{i}.{name}')}.weight"] = one
         at += size
     model = Llama(config)
-    model.load({name: a for name, a in arrays.items() if name in model.parameters})
+    model.load_state_dict({name: a for name, a in arrays.items() if name in model.parameters})
     return model
 
 

@@ -44,7 +44,6 @@ from minillm.report import shown, table_lines
 from minillm.trainers import reward
 from minillm.trainers.common import (
     by_length,
-    claim,
     load_tokenizer,
     load_with_head,
     padding_of,
@@ -72,6 +71,7 @@ from minillm.trainers.evaluation import (
 )
 from minillm.trainers.ppo import model_rewards
 from minillm.trainers.pretrain import PretrainConfig
+from minillm.trainers.run import claim
 from scripts import command_line
 from scripts.chat import never_taught
 
@@ -97,7 +97,7 @@ TOKENS_AT_ONCE = 4096  # in a part of a batch
 class Options:
     """What to measure."""
 
-    tensorboard = False  # no option: what `claim` wants to know of a trainer
+    tensorboard = resume = False  # no options: what `claim` wants to know of a trainer
 
     model: tyro.conf.Positional[Path | None] = None
     """a model folder: config.json, *.safetensors, tokenizer.json"""

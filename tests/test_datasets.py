@@ -373,19 +373,19 @@ def test_resumed_is_straight_at_every_position(source, shuffle):
     straight, states = make(), []
     expected = []
     for _ in range(24):
-        states.append(json.dumps(straight.state()))
+        states.append(json.dumps(straight.state_dict()))
         expected.append(next(straight))
     for n in range(0, 24):
         resumed = make()
         for stop in range(n, 24, 5):  # and resumed again, after five more
-            resumed.load_state(json.loads(states[stop]))
+            resumed.load_state_dict(json.loads(states[stop]))
             again = make()
-            again.load_state(json.loads(json.dumps(resumed.state())))
+            again.load_state_dict(json.loads(json.dumps(resumed.state_dict())))
             for one in expected[stop : stop + 5]:
                 assert same(next(again), one)
     back = make()
     firsts(back, 9)
-    back.load_state(json.loads(states[2]))  # back into an epoch that is over
+    back.load_state_dict(json.loads(states[2]))  # back into an epoch that is over
     assert same(next(back), expected[2])
 
 
@@ -394,7 +394,7 @@ def test_batches_of_another_size_hold_the_same_rows():
     expected = firsts(straight, 12)
     begun = Batches(mixed(), 4, seed=2)
     assert firsts(begun, 3) == expected[:12]
-    resumed.load_state(begun.state())
+    resumed.load_state_dict(begun.state_dict())
     assert firsts(resumed, 6) == expected[12:]
 
 
@@ -454,7 +454,7 @@ def test_epochs_end_with_a_shorter_batch_or_without_it(drop_last, sizes):
     rows = [batch.tokens[:, 0].tolist() for batch in batches]
     assert [len(row) for row in rows] == sizes
     ended = Batches(sequence(7), 4, epochs=3, drop_last=drop_last)
-    ended.load_state(batches.state())
+    ended.load_state_dict(batches.state_dict())
     assert next(ended, None) is next(batches, None) is None
     if not drop_last:
         assert sorted(row for batch in rows for row in batch) == sorted(3 * list(range(0, 70, 10)))
@@ -499,61 +499,61 @@ OTHERS = {
 def test_a_state_of_other_batches_is_refused_by_the_names_of_the_fields(other, message):
     batches = Batches(sequence(3), 2)
     next(batches)
-    before = batches.state()
+    before = batches.state_dict()
     with pytest.raises(ValueError, match=f"^the state is of other batches: {message}$"):
-        batches.load_state(other.state())
-    assert batches.state() == before
+        batches.load_state_dict(other.state_dict())
+    assert batches.state_dict() == before
 
 
 def test_a_state_of_another_mixture_is_refused():
     sources = {"a": sequence(4), "b": sequence(3)}
     batches = Batches(Mixture(sources, {"a": 2, "b": 1}), 2)
     with pytest.raises(ValueError, match=r"batches: a\.weight was 1 and is 2; b\.weight was 3 and is 1$"):
-        batches.load_state(Batches(Mixture(sources, {"a": 1, "b": 3}), 2).state())
+        batches.load_state_dict(Batches(Mixture(sources, {"a": 1, "b": 3}), 2).state_dict())
     with pytest.raises(
         ValueError, match=r"batches: a\.weight was 1 and is 2; b\.weight was None and is 1; b\.documents"
     ):
-        batches.load_state(Batches(Mixture({"a": sequence(4)}, {"a": 2}), 2).state())
+        batches.load_state_dict(Batches(Mixture({"a": sequence(4)}, {"a": 2}), 2).state_dict())
 
 
 def test_masks_are_a_part_of_the_data():
     documents = [([1, 2, 3], [0, 1, 1]), ([4, 5], [0, 1])]
     other = [([1, 2, 3], [0, 0, 1]), ([4, 5], [0, 1])]
     with pytest.raises(ValueError, match=r"batches: rows\.checksum was \d+ and is \d+$"):
-        Batches(Windows(documents, 4), 2).load_state(Batches(Windows(other, 4), 2).state())
+        Batches(Windows(documents, 4), 2).load_state_dict(Batches(Windows(other, 4), 2).state_dict())
 
 
 def test_where_documents_end_is_a_part_of_the_data():
     one, other = (Batches(Windows(documents, 5), 2) for documents in ([[1, 2, 3], [4, 5]], [[1, 2], [3, 4, 5]]))
     with pytest.raises(ValueError, match=r"batches: rows\.checksum was \d+ and is \d+$"):
-        one.load_state(other.state())
+        one.load_state_dict(other.state_dict())
 
 
 @pytest.mark.parametrize("state", [None, [], {}, {"taken": 3, "data": {}}, {"taken": {}}])
 def test_what_is_no_state_is_refused(state):
     with pytest.raises(ValueError, match=r"^this is no state of Batches: "):
-        Batches(sequence(3), 2).load_state(state)
+        Batches(sequence(3), 2).load_state_dict(state)
 
 
 @pytest.mark.parametrize("taken", [{}, {"other": 1}, {"rows": -1}, {"rows": 1.5}, {"rows": None}])
 def test_a_state_with_a_bad_position_is_refused(taken):
     batches = Batches(sequence(3), 2)
     with pytest.raises(ValueError, match=r"^the state's taken"):
-        batches.load_state(batches.state() | {"taken": taken})
+        batches.load_state_dict(batches.state_dict() | {"taken": taken})
     assert batches.taken == {"rows": 0}
 
 
 def test_a_state_and_its_batches_do_not_change_each_other():
     batches = Batches(sequence(5), 2)
-    state = batches.state()
+    state = batches.state_dict()
     expected = firsts(batches, 4)
-    batches.load_state(state)
+    batches.load_state_dict(state)
     assert firsts(batches, 4) == expected
-    assert state == Batches(sequence(5), 2).state()
-    batches.load_state(state)
+    assert state == Batches(sequence(5), 2).state_dict()
+    batches.load_state_dict(state)
     before = dict(batches.taken)
     state["taken"]["rows"] += 1
-    batches.state()["taken"]["rows"] += 1
+    batches.state_dict()["taken"]["rows"] += 1
     assert batches.taken == before
 
 
@@ -562,9 +562,9 @@ def test_items_in_place_of_rows():
     straight = Batches(Items(items), 3, seed=1)
     drawn = [next(straight) for _ in range(3)]
     assert sorted([item for batch in drawn for item in batch][:7]) == items
-    state = json.loads(json.dumps(straight.state()))
+    state = json.loads(json.dumps(straight.state_dict()))
     resumed = Batches(Items(items), 3, seed=1)
-    resumed.load_state(state)
+    resumed.load_state_dict(state)
     assert [next(resumed) for _ in range(5)] == [next(straight) for _ in range(5)]
     with pytest.raises(ValueError, match=r"batches: rows\.checksum was \d+ and is \d+$"):
-        Batches(Items([*items[:6], ("b", 6)]), 3, seed=1).load_state(state)
+        Batches(Items([*items[:6], ("b", 6)]), 3, seed=1).load_state_dict(state)

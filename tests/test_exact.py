@@ -1,6 +1,7 @@
 """PPO, DPO and the reward model on spaces small enough to write down: the trainers' own functions reach the optimum
 that theory names, and change nothing that they should not. Only the toys are the tests' own."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -18,7 +19,8 @@ from minillm.losses import kl_estimate, last_token
 from minillm.model import Config, Llama
 from minillm.tokenizer import SMALLEST_VOCABULARY, SPECIAL_TOKENS, Tokenizer
 from minillm.trainers import dpo, ppo, reward
-from minillm.trainers.common import Run, frozen_logprobs, pad, save_model, token_logprobs
+from minillm.trainers.common import frozen_logprobs, pad, save_model, token_logprobs
+from minillm.trainers.run import Run
 
 LN2 = math.log(2)
 SEEDS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
@@ -787,7 +789,9 @@ def test_scores_are_normalised_clipped_and_punished():
     scorer = ppo.normalised(scorer, [[0], [0, 0]] * 5)
     assert scorer([[0], [0, 0], [0] * 3, [0]], np.array([True, True, True, False])).tolist() == [-1, 1, 10, -1.5]
     # a reward model that says the same of everything has nothing to stretch but rounding
-    constant = ppo.normalised(scorer._replace(function=lambda rows: 3 + 1e-8 * np.arange(len(rows))), [[0]] * 5)
+    constant = ppo.normalised(
+        dataclasses.replace(scorer, function=lambda rows: 3 + 1e-8 * np.arange(len(rows))), [[0]] * 5
+    )
     assert constant.gain == 1
     assert constant.mean == pytest.approx(3)
 

@@ -336,7 +336,7 @@ def test_a_merged_model_computes_the_same_and_unmerged_it_is_what_it_was(kind, q
     assert not any(np.shares_memory(plain.flat, p.data) for p in adapted.adapter.frozen.values())
     if quantize == "none":
         beside = adapt(plain, rank=3)
-        beside.load({name: p.data for name, p in adapted.parameters.items()})
+        beside.load_state_dict({name: p.data for name, p in adapted.parameters.items()})
         back = unmerge(beside)
         for name, p in model.parameters.items():
             if name != "score.weight":

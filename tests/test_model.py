@@ -280,7 +280,7 @@ def test_errors_name_what_is_wrong():
     arrays["model.embed_tokens.weight"] = np.ones((3, 16))
     before = model.flat.copy()
     with pytest.raises(ValueError, match=r"missing: model.norm.weight; not known: extra; misshapen: .* is \(3, 16\)"):
-        model.load(arrays)
+        model.load_state_dict(arrays)
     assert np.array_equal(before, model.flat)
 
 

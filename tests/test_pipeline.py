@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from minillm import pipeline
 from minillm.data import atlas
 from minillm.pipeline import STAGES, PipelineConfig, run
+from minillm.trainers.run import Run
 
 
 def script(name):
@@ -154,9 +156,9 @@ def test_from_repeats_a_stage_and_what_follows(copy, monkeypatch):
 
 
 def test_a_run_that_is_stopped_in_every_stage_ends_as_one_that_never_was(finished, tmp_path, monkeypatch):
-    """Each stage is interrupted when its folder is there and nothing is noted: the same command goes on, and the
-    models are the same bits as those of the run that went through."""
-    make, stopped = dict(pipeline.MAKE), set()
+    """Each stage is interrupted when its folder is there and nothing is noted, and each training in the middle, too:
+    the same command goes on, and the models are the same bits as those of the run that went through."""
+    make, stopped, update, resumed = dict(pipeline.MAKE), set(), Run.update, []
 
     def stage_with_a_fault(name):
         def interrupted(stage):
@@ -165,20 +167,32 @@ def test_a_run_that_is_stopped_in_every_stage_ends_as_one_that_never_was(finishe
                 if name == "report":
                     raise KeyboardInterrupt
                 make[name](stage)
-                for path in list(stage.folder.rglob("*.safetensors")):
+                for path in list(stage.folder.glob("*.safetensors")):
                     path.write_bytes(path.read_bytes()[:100])  # as a kill in the middle of writing would leave it
                 raise KeyboardInterrupt
             return make[name](stage)
 
         return interrupted
 
+    def sometimes(self, *args, **options):
+        update(self, *args, **options)
+        name = self.settings.out.name
+        if (name, "middle") not in stopped and self.step == 0:
+            stopped.add((name, "middle"))
+            signal.raise_signal(signal.SIGTERM)
+        elif self.step > 0 and name not in resumed:
+            resumed.append(name)
+
     for name in STAGES:
         monkeypatch.setitem(pipeline.MAKE, name, stage_with_a_fault(name))
+    monkeypatch.setattr(Run, "update", sometimes)
     config = PipelineConfig(out=tmp_path / "run", size="tiny")
-    for _ in STAGES:
+    trained = ["pretrain", "sft", "reward", "ppo", "dpo"]
+    for _ in [*STAGES, *trained]:
         with pytest.raises(KeyboardInterrupt):
             run(config)
     notes = run(config)
+    assert resumed == trained  # each went on, and none began again after it was done
     for name in FILES:
         assert (config.out / name).read_bytes() == (finished[0] / name).read_bytes(), name
     measured = lambda notes: json.dumps(notes["stages"]["report"] | {"seconds": 0, "peak_memory": 0})

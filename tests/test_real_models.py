@@ -114,7 +114,7 @@ def nano_sort():
     arrays = {name: a for name, a in base64_arrays(stored).items() if name in model.parameters}
     arrays["transformer.wpe.weight"] = np.pad(arrays["transformer.wpe.weight"], ((0, 1), (0, 0)))
     linear = ("c_attn.weight", "c_fc.weight", "c_proj.weight")  # minGPT stores these (out, in), GPT-2 (in, out)
-    model.load({name: a.T if name.endswith(linear) else a for name, a in arrays.items()})
+    model.load_state_dict({name: a.T if name.endswith(linear) else a for name, a in arrays.items()})
     return model
 
 
@@ -144,7 +144,7 @@ def test_tiny_random_gpt2():
     expected = json.loads((MODELS / "tiny_random_gpt2" / "expected.json").read_text())
     stored = np.load(MODELS / "tiny_random_gpt2" / "weights.npz")
     model = GPT2(gpt2_config(expected["config"], expected["config"]["n_ctx"]))
-    model.load({name: stored[name] for name in model.parameters})
+    model.load_state_dict({name: stored[name] for name in model.parameters})
     assert np.array_equal(stored["lm_head.weight"], stored["transformer.wte.weight"])  # tied indeed
     logits = model(np.array(expected["input_ids"])).data.reshape(-1)[::200]
     published = np.array(expected["prompt_logits_every_200th_of_flattened_2x4x1000"])

@@ -8,7 +8,7 @@ Token files, rows over them, sources mixed by weight, and batches in an order th
     source = Mixture({"stories": stories, "code": code}, {"stories": 0.7, "code": 0.3})
     batches = Batches(source, batch_size=16, seed=0)
     for batch in batches: ...
-    batches.load_state(state)                                            goes on where batches.state() was taken
+    batches.load_state_dict(state)                                       goes on where batches.state_dict() was taken
 
 NAME.bin is the ids of all documents one behind the other, little-endian uint16, or uint32 where the vocabulary needs
 it. NAME.idx is the offsets in it, in tokens, as little-endian uint64: document i is ids[offsets[i] : offsets[i + 1]].
@@ -322,7 +322,7 @@ class Windows:
         return fill(self.plan, indices, ids, offsets, mask, self.pad_id)
 
     def identity(self):
-        """What these rows are made of, as a small dict for `Batches.state`: other data or settings give another one.
+        """What these rows are made of, a small dict for `Batches.state_dict`: other data or settings give another one.
 
         `checksum` is the CRC-32 of all offsets, of 1,024 of the ids, evenly spread, and of the mask at the same places.
         """
@@ -464,6 +464,7 @@ class Batches:
         self.batch_size, self.seed, self.shuffle, self.drop_last = batch_size, seed, shuffle, drop_last
         self.limit = None if epochs is None else epochs * len(source)
         self.taken = dict.fromkeys(self.mixture.windows, 0)  # rows that have gone out, of each source
+        self.last = {}  # the rows of the batch that went out last: {source: [row, ...]}
         self._orders = {}  # the permutation of the epoch that a source is in: {name: (epoch, permutation)}
         self._data = {"seed": int(seed), "shuffle": bool(shuffle)}  # what the rows and their order depend on
         for name, windows in self.mixture.windows.items():
@@ -484,9 +485,9 @@ class Batches:
             name = self.mixture.next(taken)
             places.setdefault(name, []).append(place)
             taken[name] += 1
-        parts = []
+        parts, self.last = [], {}
         for name in places:
-            rows = [self._row(name, n) for n in range(self.taken[name], taken[name])]
+            self.last[name] = rows = [int(self._row(name, n)) for n in range(self.taken[name], taken[name])]
             parts.append(self.mixture.windows[name].rows(rows))
         self.taken = taken
         if len(parts) == 1:
@@ -505,14 +506,14 @@ class Batches:
             self._orders[name] = epoch, rng.permutation(rows)
         return self._orders[name][1][position]
 
-    def state(self):
+    def state_dict(self):
         """Where this is: {"taken": {source: rows}, "data": what that depends on}, for JSON.
 
         The batch size is not in it: rows come in the same order in batches of another size.
         """
         return {"taken": dict(self.taken), "data": dict(self._data)}
 
-    def load_state(self, state):
+    def load_state_dict(self, state):
         """Go on behind the last batch before `state` was taken.
 
         ValueError: the state is of other data, another seed or other weights, with the names of the fields; or it is

@@ -1,6 +1,5 @@
 """
-What the trainers share: settings, the rhythm of a run (schedule, clipping, evaluation, logging), losses over a model,
-and model folders.
+What the trainers share: settings, model folders, adapters, rows, and losses over a model.
 
 An update is of `batch_size` rows. They are computed in parts of `micro_batch_size`, and each part's loss is divided by
 the count of the *whole* batch, so that the gradient is the same however it is cut (a mean of means would weigh a token
@@ -8,39 +7,28 @@ by how few neighbours its part has).
 """
 
 import dataclasses
-import json
 import math
-import shutil
-import sys
-import time
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import numpy as np
-from tqdm import tqdm
 
 from .. import autograd as ag
 from .. import functional as F
 from .. import lora
 from ..autograd import no_grad
 from ..chat import TEMPLATES, load_template
+from ..checkpoint import NotFinite, write_json
 from ..data.pack import Batch, best_fit_rows
-from ..extras import extra
 from ..hub import check_vocabulary, load_pretrained, read_config, read_object, save_pretrained
 from ..kernels.device import to_host
 from ..model import build
-from ..optim import AdamW, clip_scale, cosine_schedule, linear_schedule
+from ..optim import AdamW, cosine_schedule, linear_schedule
 from ..tokenizer import Tokenizer
 
 IGNORED = -100  # a target that is not in the loss
-WIDTH = 110  # of a line that is printed
-QUIET = 10.0  # seconds without a line, after which a run without a progress bar prints one
-
-
-class NotFinite(ValueError):
-    """A loss or gradient is nan or infinite."""
 
 
 @dataclass(kw_only=True)
@@ -88,12 +76,24 @@ class Settings:
     tensorboard: bool = False
     """write TensorBoard event files, too"""
 
+    resume: bool = False
+    """go on with the run in --out behind its newest checkpoint, as if it had not been stopped; the options that are not
+    given are then those of that run"""
+    save_every: int = 0
+    """updates between checkpoints; 0: by time alone"""
+    save_minutes: float = 5.0
+    """minutes between checkpoints; 0: by updates alone. With either of the two there is one at the end, too"""
+    keep_last: int = 2
+    """how many checkpoints are kept; older ones are removed"""
+    keep_best: bool = False
+    """keep the checkpoint of the best evaluation, too, and write its model at the end"""
+
     def __post_init__(self):
         for field in dataclasses.fields(self):
             self.of_type(field.name, field.type)
-        for name in ("batch_size", "log_every", "eval_every"):
+        for name in ("batch_size", "log_every", "eval_every", "keep_last"):
             self.at_least(name, 1)
-        for name in ("seed", "micro_batch_size", "samples", "weight_decay"):
+        for name in ("seed", "micro_batch_size", "samples", "weight_decay", "save_every", "save_minutes"):
             self.at_least(name, 0)
         for name in ("lr", "eps", "max_grad_norm"):
             self.above(name, 0)
@@ -101,12 +101,14 @@ class Settings:
             self.between(name, 0, 1)
         for name in ("beta1", "beta2"):
             self.between(name, 0, 1, open_end=True)
+        if self.resume and self.overwrite:
+            raise ValueError("--resume goes on with what --overwrite would remove: only one of them can be meant")
 
     def refuse(self, name, must):
         raise ValueError(f"--{name.replace('_', '-')} has to be {must}, and is {getattr(self, name)}")
 
     def of_type(self, name, kind):
-        """Whole numbers are int, other numbers are finite, and a choice is one of those there are."""
+        """Whole numbers are int, other numbers are finite, a choice is one of those there are, and so on."""
         value = getattr(self, name)
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if kind is int and not whole:
@@ -115,6 +117,9 @@ class Settings:
             self.refuse(name, "a finite number")
         if get_origin(kind) is Literal and value not in get_args(kind):
             self.refuse(name, f"one of {', '.join(get_args(kind))}")
+        for plain, told in ((bool, "True or False"), (str, "a text"), (Path, "a path")):
+            if kind in (plain, plain | None) and not isinstance(value, kind):
+                self.refuse(name, told)
 
     def at_least(self, name, least):
         if not getattr(self, name) >= least:
@@ -289,11 +294,13 @@ def _read_template(path):
 
 def save_model(folder, model, tokenizer, template=None):
     """Write a folder that every trainer and script here, and transformers, can start from. minillm.json notes the
-    template, so that a trainer gets the built-in one back, not the Jinja source that is its equivalent."""
+    template, so that a trainer gets the built-in one back, not the Jinja source that is its equivalent. NotFinite: a
+    weight is nan or infinite; then nothing is written."""
+    if not all(np.isfinite(to_host(p.data)).all() for p in model.parameters.values()):
+        raise NotFinite(f"the model has weights that are not finite: it is not written to {folder}")
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_json(Path(folder) / "minillm.json", {"template": template})  # first: only config.json makes it a model folder
-    save_pretrained(model, folder, tokenizer, template)
-    print(f"written to {folder}")
+    save_pretrained(model, folder, tokenizer, template, dtype=model.flat.dtype)
 
 
 def with_head(model, head, seed=0):
@@ -341,14 +348,20 @@ def trainable(model, settings):
     return adapted
 
 
-def save_trained(settings, model, tokenizer, template):
+def save_trained(settings, model, tokenizer, template=None):
     """Write the folder of what was trained. An adapter is merged, so that the folder is a model's like any other, and
     is in adapter/, too, in PEFT's files. Returns the model that was written."""
     plain = model if model.adapter is None else lora.merge(model)
     save_model(settings.out, plain, tokenizer, template)
     if model.adapter is not None:
         lora.save_adapter(model, settings.out / "adapter", settings.model)
+    print(f"written to {settings.out}")
     return plain
+
+
+def dress(model, tokenizer, template=None):
+    """function(folder) that makes a model folder of a checkpoint (see Run); None for an adapter, which is none."""
+    return None if model.adapter is not None else lambda folder: save_model(folder, model, tokenizer, template)
 
 
 # ------------------------------------------------------------------ rows
@@ -480,215 +493,3 @@ def trained_logprobs(model, sequences, masks, pad_id, temperature=1.0):
         index[n, : len(at)] = at
     logp = token_logprobs(model, Batch(tokens, start[:, :-1], trained), temperature)
     return ag.where(logp[row[:, None], index], 0.0, condition=there), there
-
-
-# ------------------------------------------------------------------ a run
-
-
-def claim(settings):
-    """Make the output folder, and refuse one that holds something: an error now, not after an hour."""
-    out = settings.out
-    if settings.tensorboard:
-        extra("tensorboardX", "log")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, and has to be a folder")
-    if out.exists() and any(out.iterdir()):
-        if not settings.overwrite:
-            raise ValueError(f"{out} is not empty: take another --out, or replace it with --overwrite True")
-        if not (out / "settings.json").exists():
-            raise ValueError(f"{out} is not empty, and was not made by a trainer: it is not mine to replace")
-        for name, path in _paths(settings):
-            if name != "out" and path.resolve().is_relative_to(out.resolve()):
-                raise ValueError(f"--{name} {path} is in --out {out}, which would be replaced: take another --out")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "settings.json", dataclasses.asdict(settings))
-
-
-def _paths(settings):
-    """(option, Path) of every path in the settings."""
-    for name, value in vars(settings).items():
-        for path in value if isinstance(value, tuple) else (value,):
-            if isinstance(path, Path):
-                yield name, path
-
-
-def write_json(path, value):
-    """Write `value` as JSON, paths in it as strings; a kill leaves the old file or the new one, and nothing between."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    new.replace(path)
-
-
-class Run:
-    """The rhythm around a trainer's loop: what is logged, evaluated, shown and written down, and when.
-
-        with Run(settings, steps) as run:
-            for step in run.steps(evaluate, sample):
-                ...                                  batch, loss, backward
-                run.update(optimizer, {"loss": loss}, tokens)
-
-    evaluate()  -> {metric: number}, before the first update, after every eval_every-th and after the last
-    sample()    -> [(prompt, completion)], shown and written to samples.jsonl at the same moments
-
-    metrics.jsonl gets a row of means every log_every updates, and a row for each evaluation.
-    """
-
-    def __init__(self, settings, steps):
-        self.settings, self.total, self.step, self.done = settings, steps, 0, 0
-        self.sums, self.tokens, self.skipped, self.last = {}, 0, 0, {}
-        self.file = self.board = self.bar = None
-        self.clock = self.clock_tokens = self.told = 0
-
-    def __enter__(self):
-        self.file = open(self.settings.out / "metrics.jsonl", "a", encoding="utf-8")
-        if self.settings.tensorboard:
-            self.board = extra("tensorboardX", "log").SummaryWriter(str(self.settings.out / "tensorboard"))
-        self.bar = tqdm(total=self.total, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        return self
-
-    def __exit__(self, *_):
-        for thing in (self.bar, self.board, self.file):
-            if thing is not None:
-                thing.close()
-
-    def steps(self, evaluate=None, sample=None):
-        """0, 1, ..., steps - 1; with what is due between them."""
-        self._look(evaluate, sample)
-        self.clock = time.perf_counter()
-        for step in range(self.total):
-            self.step = step
-            yield step
-            self.done = step + 1
-            if self.done % self.settings.log_every == 0 or self.done == self.total:
-                self._log()
-            self.bar.update()
-            if self.done % self.settings.eval_every == 0 or self.done == self.total:
-                begin = time.perf_counter()
-                self._look(evaluate, sample, self.done)
-                self.clock += time.perf_counter() - begin  # an evaluation is no part of the training speed
-
-    @property
-    def lr(self):
-        """This step's learning rate."""
-        return self.settings.learning_rate(self.step, self.total)
-
-    def update(self, optimizer, metrics, tokens=0, lr=None, prefix=""):
-        """Clip, update, zero the gradients, and remember the metrics for the next row; `prefix` goes before grad_norm
-        and learning_rate. Where a gradient is not finite: NotFinite, or with on_nan="skip" no update."""
-        norm, lr = optimizer.grad_norm(), self.lr if lr is None else lr
-        if math.isfinite(norm):
-            optimizer.step(lr, clip_scale(norm, self.settings.max_grad_norm))
-            self.add({**metrics, f"{prefix}grad_norm": norm, f"{prefix}learning_rate": lr})
-        elif self.settings.on_nan == "skip":
-            self.skipped += 1
-        else:
-            told = "".join(f", {name} is {short_number(value)}" for name, value in metrics.items())
-            raise NotFinite(
-                f"update {self.step + 1}: the gradient's norm is {norm}{told}; take a smaller --lr (now {lr:.1e}), or "
-                f"leave such updates out with --on-nan skip"
-            )
-        optimizer.zero_grad()
-        self.count(tokens)
-
-    def count(self, tokens):
-        """Tokens that were computed, for the speed and the total."""
-        self.tokens += int(tokens)
-        self.clock_tokens += int(tokens)
-
-    def add(self, metrics):
-        """Numbers for the next row, which gets the mean of each."""
-        for name, value in metrics.items():
-            total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = total + float(value), count + 1
-
-    def _log(self):
-        row = {name: total / count for name, (total, count) in self.sums.items()}
-        self.sums = {}
-        elapsed = time.perf_counter() - self.clock
-        row |= {"num_tokens": self.tokens, "skipped_updates": self.skipped}
-        row["tokens_per_second"] = round(self.clock_tokens / elapsed) if elapsed > 0 else 0
-        self.clock, self.clock_tokens = time.perf_counter(), 0
-        self.write(row, self.step + 1)
-        shown = {"loss": f"{row['loss']:.4f}"} if "loss" in row else {}
-        self.bar.set_postfix({**shown, "tok/s": f"{row['tokens_per_second']:,}"}, refresh=False)
-        self.last = {name: row[name] for name in ("loss", "learning_rate", "tokens_per_second") if name in row}
-        if self.bar.disable and self.step + 1 < self.total and time.perf_counter() - self.told > QUIET:
-            self._tell(self.step + 1, self.last)
-
-    def _tell(self, step, metrics):
-        total = f"{self.total:,}"
-        tqdm.write("\n".join(metric_lines(f"step {step:>{len(total)},}/{total}", metrics)), file=sys.stdout)
-        self.told = time.perf_counter()
-
-    def _look(self, evaluate, sample, step=0):
-        """Evaluate, write and print."""
-        found = evaluate() if evaluate else {}
-        if found:
-            self.write(found, step)
-        self._tell(step, self.last | found)
-        pairs = sample() if sample and self.settings.samples else []
-        if pairs:
-            with open(self.settings.out / "samples.jsonl", "a", encoding="utf-8") as file:
-                for prompt, completion in pairs:
-                    row = {"step": step, "prompt": prompt, "completion": completion}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            tqdm.write("\n".join(sample_table(pairs)), file=sys.stdout)
-        sys.stdout.flush()
-
-    def write(self, metrics, step):
-        """A row of metrics.jsonl (and of TensorBoard)."""
-        row = {"step": step, **{name: _number(value) for name, value in metrics.items()}}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        if self.board:
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    self.board.add_scalar(name, value, step)
-
-
-def _number(value):
-    """A number for JSON, which has no nan and no inf: null."""
-    if isinstance(value, int | np.integer):
-        return int(value)
-    value = float(value)
-    return value if math.isfinite(value) else None
-
-
-def short_number(value):
-    """A number as a person wants to read it, in some eight signs: 12,345, 0.1234, 1.2e-05."""
-    value = _number(value)
-    if value is None or isinstance(value, int):
-        return "nan" if value is None else f"{value:,}"
-    size = abs(value)
-    if value and (size < 1e-2 or size >= 1e7):
-        return f"{value:.1e}"
-    return f"{value:.4f}" if size < 100 else f"{value:,.1f}"
-
-
-def metric_lines(begin, metrics, width=WIDTH):
-    """`begin` and all numbers with their names, in lines of at most `width` signs. Names keep their columns from one
-    evaluation to the next, because numbers are as wide as the widest."""
-    scientific = lambda name: name.endswith("learning_rate")
-    told = [f"{k} {f'{x:.1e}' if scientific(k) else short_number(x):>8}" for k, x in metrics.items()]
-    lines = [begin]
-    for part in told:
-        if len(lines[-1]) + 2 + len(part) > width:
-            lines.append(" " * len(begin))
-        lines[-1] += "  " + part
-    return lines
-
-
-def sample_table(pairs, width=WIDTH):
-    """(prompt, completion) pairs as lines of text, one each; a prompt shows its end, a completion its beginning."""
-    pairs = [[_printable(text) for text in pair] for pair in pairs]
-    left = min(40, max(len(prompt) for prompt, _ in pairs))
-    for prompt, completion in pairs:
-        prompt = prompt if len(prompt) <= left else "…" + prompt[len(prompt) - left + 1 :]
-        line = f"    {prompt:<{left}}{' ' * bool(left)}| {completion}"
-        yield line if len(line) <= width else line[: width - 1] + "…"
-
-
-def _printable(text):
-    """`text` in one line, without what could move a terminal's cursor: a young model writes any bytes."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))

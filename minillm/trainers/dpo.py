@@ -28,10 +28,9 @@ from ..losses import dpo_loss, dpo_rewards, sequence_logprobs
 from .common import (
     LoraSettings,
     QuestionSettings,
-    Run,
     TuningSettings,
     by_length,
-    claim,
+    dress,
     hold_out,
     load_tokenizer,
     load_with_head,
@@ -44,6 +43,7 @@ from .common import (
     trained_logprobs,
 )
 from .evaluation import complete, examiner
+from .run import Run, claim, identity_of, in_its_folder
 
 
 @dataclass(kw_only=True)
@@ -150,6 +150,7 @@ def measure(model, examples, config, pad_id, rows=16):
     return {f"eval_{name}": value / len(examples) for name, value in sums.items()}
 
 
+@in_its_folder
 def train(config):
     """Train, and write the model folder; returns (model, tokenizer)."""
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
@@ -183,9 +184,14 @@ def train(config):
     def sample():
         return complete(model, tokenizer, prompts, config.max_new_tokens, stop_ids(template, tokenizer))
 
-    with Run(config, steps) as run:
+    holds = {"model": model, "optimizer": optimizer, "batches": batches}
+    folders = {"model": config.model, "reference": config.reference}
+    identity = identity_of(model, config.model, template, folders)
+    best = "eval_rewards/accuracies", 1
+    with Run(config, steps, holds, identity, dress(model, tokenizer, template), best) as run:
         for _ in run.steps(evaluate, sample):
             batch = next(batches)
             metrics = backward(model, batch, config, pad_id)
             run.update(optimizer, metrics, tokens=sum(len(ids) for e in batch for ids, _ in e.answers))
+        run.load_best()
     return save_trained(config, model, tokenizer, template), tokenizer

@@ -21,9 +21,8 @@ Every array of a round is (B, T) over target positions: entry t belongs to token
 Left out: sharing a trunk between policy and value, and reward models that score unfinished text.
 """
 
-import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -54,8 +53,7 @@ from ..losses import (
 from .common import (
     LoraSettings,
     QuestionSettings,
-    Run,
-    claim,
+    dress,
     frozen_logprobs,
     hold_out,
     load_tokenizer,
@@ -73,6 +71,7 @@ from .common import (
     with_head,
 )
 from .evaluation import divergence, gold_metrics, pair_accuracy, read_questions, spread
+from .run import Run, claim, identity_of, in_its_folder
 
 
 @dataclass(kw_only=True)
@@ -190,7 +189,8 @@ class Experience(NamedTuple):
         return Batch(self.tokens, self.start, self.mask)
 
 
-class Scorer(NamedTuple):
+@dataclass
+class Scorer:
     """Turns answers into numbers: gain (r - mean), clipped, less the penalty where an answer did not end (subtracted as
     in TRL; Stiennon et al. 2020's code puts a fixed score in its place)."""
 
@@ -199,6 +199,14 @@ class Scorer(NamedTuple):
     gain: float = 1.0
     clip: float = math.inf
     missing_eos_penalty: float = 0.0
+
+    def state_dict(self):
+        """What a checkpoint keeps: {"mean", "gain"}; the rest is configuration."""
+        return {"mean": self.mean, "gain": self.gain}
+
+    def load_state_dict(self, state):
+        """Go on from `state_dict()`."""
+        self.mean, self.gain = state["mean"], state["gain"]
 
     def __call__(self, sequences, ended):
         score = np.clip((self.function(sequences) - self.mean) * self.gain, -self.clip, self.clip)
@@ -223,7 +231,7 @@ def normalised(scorer, sequences):
     and the gain stays 1."""
     raw = scorer.function(sequences)
     mean, spread = float(raw.mean()), float(raw.std())
-    return scorer._replace(mean=mean, gain=1.0 / spread if spread > 1e-6 * max(1.0, abs(mean)) else 1.0)
+    return replace(scorer, mean=mean, gain=1.0 / spread if spread > 1e-6 * max(1.0, abs(mean)) else 1.0)
 
 
 # ------------------------------------------------------------------ rollout
@@ -432,6 +440,7 @@ def against_gold(asked, sequences, score, tokenizer):
 # ------------------------------------------------------------------ the loop
 
 
+@in_its_folder
 def train(config):
     """Train, and write the policy's folder; returns (policy, tokenizer)."""
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
@@ -504,7 +513,12 @@ def train(config):
             for (ids, prompt), s in zip(some, sequences, strict=True)
         ]
 
-    with Run(config, steps) as run:
+    holds = {"model": policy, "optimizer": optimizers[0], "value_model": value_model, "value_optimizer": optimizers[1]}
+    holds |= {"batches": batches, "controller": controller, "scorer": scorer}
+    folders = {"model": config.model, "reward": config.reward}
+    identity = identity_of(policy, config.model, template, folders)
+    best = "eval_gold" if config.questions else "eval_scores", 1
+    with Run(config, steps, holds, identity, dress(policy, tokenizer, template), best) as run:
         for step in run.steps(evaluate, sample):
             asked = [ids for ids, _ in next(batches)]
             batch, sequences, ended = rollout(policy, asked, config, stop, pad_id, (config.seed, 2, step))
@@ -518,7 +532,6 @@ def train(config):
                 controller.update(float(e.kl.sum(1).mean()), config.batch_size)
             if config.flight_record and step % config.flight_record == 0:
                 new_logp = frozen_logprobs(policy, batch, config.temperature)
-                with open(config.out / "flight.jsonl", "a", encoding="utf-8") as file:
-                    for row in flight_rows(e, new_logp, tokenizer, step, beta, config):
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                run.append("flight.jsonl", flight_rows(e, new_logp, tokenizer, step, beta, config))
+        run.load_best()
     return save_trained(config, policy, tokenizer, template), tokenizer

@@ -19,17 +19,17 @@ from ..data.datasets import MANIFEST, Batches, Mixture, Windows, load_tokens
 from ..generate import generate
 from ..model import Config, build
 from .common import (
-    Run,
     Settings,
-    claim,
+    dress,
     load_tokenizer,
     load_with_head,
     next_token_backward,
     parts,
     same_tokenizer,
-    save_model,
+    save_trained,
 )
 from .evaluation import byte_lengths, evaluate_tokens
+from .run import Run, claim, identity_of, in_its_folder
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
          "context")  # fmt: skip
@@ -115,6 +115,7 @@ def weights_of(config, windows):
     return config.weights or noted or {name: int(w.documents.offsets[-1]) for name, w in windows.items()}
 
 
+@in_its_folder
 def train(config):
     """Train, and write the model folder; returns (model, tokenizer)."""
     tokenizer = load_tokenizer(config.data)
@@ -147,12 +148,14 @@ def train(config):
         texts = generate(model, begin, max_new_tokens=room, temperature=0.8, stop_tokens=stop, seed=config.seed)
         return [("", tokenizer.decode(text.ids, skip_special=True)) for text in texts]
 
-    with Run(config, steps) as run:
+    holds = {"model": model, "optimizer": optimizer, "batches": batches}
+    identity = identity_of(model, config.data, folders={"model": config.model})
+    with Run(config, steps, holds, identity, dress(model, tokenizer), ("eval_bits_per_byte", -1)) as run:
         for _ in run.steps(evaluate, sample):
             batch = next(batches)
             if not batch.mask.any():
                 continue  # nothing to learn from: an update would only apply the weight decay
             loss = next_token_backward(model, batch, config.micro_batch_size)
             run.update(optimizer, {"loss": loss}, tokens=batch.x.size)
-    save_model(config.out, model, tokenizer)
-    return model, tokenizer
+        run.load_best()
+    return save_trained(config, model, tokenizer), tokenizer

@@ -23,10 +23,9 @@ from ..kernels.device import to_host
 from ..losses import ranking_loss, reward_loss
 from .common import (
     LoraSettings,
-    Run,
     TuningSettings,
     by_length,
-    claim,
+    dress,
     hold_out,
     load_tokenizer,
     load_with_head,
@@ -38,6 +37,7 @@ from .common import (
     trainable,
 )
 from .evaluation import pair_accuracy
+from .run import Run, claim, identity_of, in_its_folder
 
 
 @dataclass(kw_only=True)
@@ -142,6 +142,7 @@ def by_file(preferences):
     return {path.stem if stems.count(path.stem) == 1 else str(path): some for path, some in found.items()}
 
 
+@in_its_folder
 def train(config):
     """Train, and write the model folder; returns (model, tokenizer)."""
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
@@ -172,9 +173,13 @@ def train(config):
             found |= {f"eval_accuracy/{name}": pair_accuracy(some) for name, some in margins.items()}
         return found
 
-    with Run(config, steps) as run:
+    holds = {"model": model, "optimizer": optimizer, "batches": batches}
+    identity = identity_of(model, config.model, template, {"model": config.model})
+    best = "eval_accuracy", 1
+    with Run(config, steps, holds, identity, dress(model, tokenizer, template), best) as run:
         for _ in run.steps(evaluate):
             batch = next(batches)
             metrics = backward(model, batch, config, pad_id)
             run.update(optimizer, metrics, tokens=sum(len(ids) for e in batch for ids, _ in e.answers))
+        run.load_best()
     return save_trained(config, model, tokenizer, template), tokenizer

@@ -19,9 +19,8 @@ from ..data.readers import Bad
 from .common import (
     LoraSettings,
     QuestionSettings,
-    Run,
     TuningSettings,
-    claim,
+    dress,
     hold_out,
     load_tokenizer,
     load_with_head,
@@ -34,6 +33,7 @@ from .common import (
     trainable,
 )
 from .evaluation import complete, evaluate_tokens, examiner
+from .run import Run, claim, identity_of, in_its_folder
 
 
 @dataclass(kw_only=True)
@@ -50,7 +50,7 @@ class SFTConfig(QuestionSettings, TuningSettings, LoraSettings):
     """share of the rows that are such text"""
     keep_best: bool = True
     """with --questions, write the model of the evaluation that got most of them right, the latest of equals: knowledge
-    that no conversation asks for comes first and goes again"""
+    that no conversation asks for comes first and goes again. Its checkpoint is kept"""
     held_out: float = 0.05
     """share of the conversations kept for evaluation"""
     max_new_tokens: int = 64
@@ -67,6 +67,7 @@ class SFTConfig(QuestionSettings, TuningSettings, LoraSettings):
         self.between("replay_share", 0, 1, open_end=True)
 
 
+@in_its_folder
 def train(config):
     """Train, and write the model folder; returns (model, tokenizer)."""
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
@@ -99,27 +100,23 @@ def train(config):
     print(f"{steps:,} updates of {config.batch_size} rows")
     optimizer = config.optimizer(model.parameters)
     examine = examiner(config, template, tokenizer)
-    best = -1.0, 0, None
 
     def evaluate():
-        nonlocal best
         found = evaluate_tokens(model, parts(held_rows.rows(range(len(held_rows))), 32)) if len(held_rows) else {}
-        found |= examine(model)
-        if config.keep_best and config.questions and found["eval_right"] >= best[0]:
-            best = found["eval_right"], run.done, model.flat.copy()
-        return found
+        return found | examine(model)
 
     def sample():
         return complete(model, tokenizer, prompts, config.max_new_tokens, stop_ids(template, tokenizer))
 
-    with Run(config, steps) as run:
+    holds = {"model": model, "optimizer": optimizer, "batches": batches}
+    identity = identity_of(model, config.model, template, {"model": config.model})
+    best = ("eval_right", 1) if config.questions else None
+    with Run(config, steps, holds, identity, dress(model, tokenizer, template), best) as run:
         for _ in run.steps(evaluate, sample):
             batch = next(batches)
             if not batch.mask.any():
                 continue  # nothing to learn from: an update would only apply the weight decay
             loss = next_token_backward(model, batch, config.micro_batch_size)
             run.update(optimizer, {"loss": loss, "trained_tokens": batch.mask.sum()}, tokens=batch.x.size)
-    if best[2] is not None:
-        model.flat[...] = best[2]
-        print(f"kept: the model after update {best[1]:,} of {steps:,}, with {best[0]:.1%} of the questions right")
+        run.load_best()
     return save_trained(config, model, tokenizer, template), tokenizer
