@@ -25,7 +25,7 @@ def parse(config, description, arguments=None):
     """An instance of the dataclass `config` from the command line. A mistake ends the program with one line, rc 2.
 
     A field is an option, the string under it is its help. config's __post_init__ checks ranges and raises
-    ValueError("--FIELD has to be ..., and is ...").
+    ValueError("--FIELD has to be ..., and is ..."). With --resume, what is not given is as in --out's settings.json.
     """
     program = Path(sys.argv[0]).name
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -40,11 +40,16 @@ def parse(config, description, arguments=None):
         flag = argument.partition("=")[0].replace("_", "-")
         if re.match("--|-[A-Za-z]", flag) and flag not in options:
             fail(f"Unrecognized options: {argument}" + _suggestion(flag, options))
+    arguments = list(_for_tyro(arguments, options, config))
+    try:
+        before = _before(config, arguments)
+    except (OSError, ValueError) as error:
+        fail(error)
     told = io.StringIO()
     columns, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "1000"  # tyro must not break the line
     try:
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
-            return tyro.cli(config, prog=program, args=_for_tyro(arguments, options, config), config=CONFIG)
+            return tyro.cli(config, prog=program, args=arguments, default=before, config=CONFIG)
     except ValueError as error:
         fail(error)
     except SystemExit:
@@ -53,6 +58,20 @@ def parse(config, description, arguments=None):
         os.environ.pop("COLUMNS")
         if columns is not None:
             os.environ["COLUMNS"] = columns
+
+
+def _before(config, arguments):
+    """The settings of the run to resume, as defaults; None where there is none."""
+    told = {flag.replace("_", "-"): value for flag, value in itertools.pairwise([*arguments, ""])}
+    told |= dict(argument.split("=", 1) for argument in arguments if re.match("--[a-z-]+=", argument))
+    if told.get("--resume") != "True" or "--out" not in told:
+        return None
+    from minillm.trainers.run import SETTINGS, read_settings  # here, because Numba takes a second to load
+
+    path = Path(told["--out"]) / SETTINGS
+    if not path.is_file():
+        return None
+    return dataclasses.replace(read_settings(config, path), overwrite=False)
 
 
 def _suggestion(flag, options):
@@ -133,8 +152,8 @@ def run(main, options):
         sys.exit(_say(f"too little memory: {error or 'none is left'}", 1))
     except (ValueError, ModuleNotFoundError) as error:
         sys.exit(_say(error, 1))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stop:  # a trainer's tells where it stopped, and by which signal
+        sys.exit(_say(stop, stop.code) if stop.args else 130)
 
 
 # ------------------------------------------------------------------ options and their help

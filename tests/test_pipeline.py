@@ -37,7 +37,7 @@ MICRO = {
     "reward": {"epochs": 0.5, "batch_size": 8, "samples": 1},
     "ppo": {"episodes": 32, "batch_size": 8, "value_warmup": 1, "eval_questions": 8, "reference_samples": 8,
             "max_new_tokens": 8, "samples": 1},
-    "dpo": {"epochs": 0.5, "batch_size": 8, "eval_questions": 8, "max_new_tokens": 8, "samples": 1},
+    "dpo": {"epochs": 0.5, "batch_size": 4, "eval_questions": 8, "max_new_tokens": 8, "samples": 1},
 }  # fmt: skip
 FILES = ("pretrain/model.safetensors", "sft/model.safetensors", "reward/model.safetensors", "ppo/model.safetensors",
          "dpo/model.safetensors", "tokenizer/pretrain.train.bin", "data/heldout.jsonl")  # fmt: skip

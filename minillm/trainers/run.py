@@ -336,8 +336,9 @@ class Run:
         best = None if self.best is None else self.best[1]
         state["run"] = {name: getattr(self, name) for name in ("sums", "tokens", "skipped", "last", "looked", "best")}
         state["files"] = {name: file.tell() for name, file in self.files.items()}
-        # No generator lives longer than a step: all are made of these two.
-        state["random"] = {"seed": self.settings.seed, "step": self.done}
+        # Random generators are made of seed and step, and an update is never saved in the middle of its micro-batches.
+        state["position"] = {"seed": self.settings.seed, "step": self.done, "micro_batch": 0}
+        state["settings"] = json.loads(json.dumps(dataclasses.asdict(self.settings), default=str))
         folder = self.checkpoints.save(self.done, arrays, state, self.identity, self.dress, best)
         self.saved, self.save_clock = self.done, time.monotonic()
         return folder
