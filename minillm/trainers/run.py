@@ -335,7 +335,7 @@ class Run:
             os.fsync(file.fileno())
         best = None if self.best is None else self.best[1]
         state["run"] = {name: getattr(self, name) for name in ("sums", "tokens", "skipped", "last", "looked", "best")}
-        state["files"] = {name: file.tell() for name, file in self.files.items()}
+        state["files"] = {path.name: path.stat().st_size for path in self._rows()}
         # Random generators are made of seed and step, and an update is never saved in the middle of its micro-batches.
         state["position"] = {"seed": self.settings.seed, "step": self.done, "micro_batch": 0}
         state["settings"] = json.loads(json.dumps(dataclasses.asdict(self.settings), default=str))
@@ -373,7 +373,7 @@ class Run:
     def _cut(self, lengths):
         """Files of rows as they were at the checkpoint: what came later will come again, and a line that a kill has cut
         in two is not left in the middle."""
-        for path in self.settings.out.glob("*.jsonl"):
+        for path in self._rows():
             size, length = path.stat().st_size, lengths.get(path.name, 0)
             if size < length:  # somebody else has been at it
                 _loud(f"WARNING: {path} has {size:,} bytes, and had {length:,} at the checkpoint: rows are missing")
@@ -528,6 +528,10 @@ class Run:
             if self.saved is not None:
                 told += f"; the run can be resumed after update {self.saved:,}"
             raise OSError(error.errno, told, file.name) from None
+
+    def _rows(self):
+        """The files of rows in the run's folder, whoever of the runs that were one has written them."""
+        return sorted(self.settings.out.glob("*.jsonl"))
 
     def _file(self, name):
         if name not in self.files:

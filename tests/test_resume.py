@@ -1,0 +1,546 @@
+"""A run that was stopped ends as one that never was: the same bits of the model, the same rows of the files. Each
+trainer is stopped by signals between updates and killed in the middle of them, at every kind of moment that it has."""
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minillm.checkpoint import Checkpoints, NotFinite, locked
+from minillm.data.datasets import TokenWriter
+from minillm.model import Config, build
+from minillm.tokenizer import SMALLEST_VOCABULARY, Tokenizer
+from minillm.trainers import common, dpo, ppo, pretrain, reward, run, sft
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = Tokenizer.train([], SMALLEST_VOCABULARY)
+OFTEN = {"save_every": 2, "save_minutes": 0.0, "log_every": 3, "eval_every": 4, "samples": 1}
+
+
+class Killed(BaseException):
+    """As good as SIGKILL: nobody catches it, and nobody tidies up."""
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Inputs of all five trainers, so few that their steps go through several epochs."""
+    root = tmp_path_factory.mktemp("world")
+    data = root / "data"
+    data.mkdir()
+    TOKENIZER.save(data)
+    pieces = {"train": {}, "validation": {}}
+    for split, count in (("train", 9), ("validation", 2)):
+        for source in ("cats", "dogs"):
+            with TokenWriter(data / f"{source}.{split}", TOKENIZER.vocab_size) as writer:
+                for i in range(count):
+                    text = f"{source} number {i} sat on the mat."
+                    writer.add([TOKENIZER.bos_id, *TOKENIZER.encode(text).tolist(), TOKENIZER.eos_id])
+            pieces[split][source] = writer.piece
+    (data / "manifest.json").write_text(json.dumps({"format": 1, "tokens": pieces}), encoding="utf-8")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 96}
+    for name, head in (("base", "lm"), ("reward", "scalar")):
+        model = build(Config(vocab_size=TOKENIZER.vocab_size, head=head, **sizes), seed=3)
+        common.save_model(root / name, model, TOKENIZER, "chatml")
+    asked = [{"role": "user", "content": f"{i}?"} for i in range(10)]
+    write_rows(root / "chat.jsonl", [{"messages": [q, {"role": "assistant", "content": "yes"}]} for q in asked])
+    pair = lambda q: {"prompt": q["content"], "chosen": "yes", "rejected": f"no {q['content']}"}
+    write_rows(root / "pairs.jsonl", [pair(q) for q in asked])
+    write_rows(root / "prompts.jsonl", [{"messages": [q]} for q in asked])
+    return root
+
+
+def config(world, name, out, **options):
+    """Settings of some 9 updates of a trainer, through more than one epoch, with four micro-batches in each update."""
+    start = {"model": world / "base"}
+    kinds = {
+        "pretrain": (
+            pretrain.PretrainConfig,
+            {"data": world / "data", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "length": 24, "batch_size": 4, "micro_batch_size": 1, "tokens": 9 * 4 * 24},
+        ),
+        "sft": (
+            sft.SFTConfig,
+            {**start, "data": (world / "chat.jsonl",), "batch_size": 4, "micro_batch_size": 1, "epochs": 3.0,
+             "packing": "pad", "replay": world / "data", "length": 40, "held_out": 0.2, "max_new_tokens": 4},
+        ),
+        "reward": (
+            reward.RewardConfig,
+            {**start, "data": (world / "pairs.jsonl",), "batch_size": 4, "micro_batch_size": 1, "epochs": 4.0,
+             "held_out": 0.2},
+        ),
+        "dpo": (
+            dpo.DPOConfig,
+            {**start, "data": (world / "pairs.jsonl",), "batch_size": 4, "micro_batch_size": 1, "epochs": 4.0,
+             "held_out": 0.2, "max_new_tokens": 4},
+        ),
+        "ppo": (
+            ppo.PPOConfig,
+            {**start, "reward": world / "reward", "prompts": (world / "prompts.jsonl",), "episodes": 28,
+             "batch_size": 4, "micro_batch_size": 2, "minibatch_size": 2, "ppo_epochs": 2, "value_warmup": 2,
+             "max_new_tokens": 4, "reference_samples": 8, "target_kl": 0.1, "flight_record": 3, "held_out": 0.2},
+        ),
+    }  # fmt: skip
+    kind, told = kinds[name]
+    return kind(out=out, **OFTEN | told | options)
+
+
+TRAINERS = {"pretrain": pretrain, "sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}
+ADAPTERS = {"lora_rank": 2}
+VARIANTS = [(name, {}) for name in TRAINERS] + [("sft", ADAPTERS), ("ppo", ADAPTERS), ("pretrain", {"keep_best": True})]
+VARIANT = pytest.mark.parametrize("name, options", VARIANTS, ids=lambda x: x if isinstance(x, str) else "-".join(x))
+
+
+def left(out):
+    """Everything that a run leaves for its user: the files' bytes, and the metrics without what a clock says."""
+    found = {}
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        if path.is_dir() or name in ("settings.json", "environment.json") or name.startswith("checkpoints/"):
+            continue
+        found[name] = path.read_bytes()
+        if name == "metrics.jsonl":
+            rows = [json.loads(line) for line in found[name].splitlines()]
+            found[name] = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    return found
+
+
+straight_runs = {}
+
+
+def straight(world, tmp_path_factory, name, options):
+    """What is left of a run that nobody stopped."""
+    key = name, *sorted(options)
+    if key not in straight_runs:
+        out = tmp_path_factory.mktemp("straight") / "out"
+        TRAINERS[name].train(config(world, name, out, **options))
+        straight_runs[key] = left(out)
+    return straight_runs[key]
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name] == expected[name], name
+
+
+# ------------------------------------------------------------------ stopped by a signal
+
+
+@VARIANT
+def test_a_run_stopped_by_signals_ends_the_same(name, options, world, tmp_path, tmp_path_factory, monkeypatch):
+    """Twice: the second time after a single update, so that a checkpoint of a resumed run is resumed, too. The signal
+    comes in the middle of an update, which is finished and saved."""
+    update, at = run.Run.update, [3, 4]
+    stops = list(at)
+
+    def stopping(self, *args, **kwargs):
+        if stops and self.step == stops[0]:
+            stops.pop(0)
+            signal.raise_signal(signal.SIGINT if stops else signal.SIGTERM)
+        update(self, *args, **kwargs)
+
+    monkeypatch.setattr(run.Run, "update", stopping)
+    here = config(world, name, tmp_path / "out", **options)
+    for number, step in zip((2, 15), at, strict=True):
+        with pytest.raises(run.Stopped) as stopped:
+            TRAINERS[name].train(here)
+        assert stopped.value.code == 128 + number and f"after update {step + 1} of" in str(stopped.value)
+        here = dataclasses.replace(here, resume=True)
+    TRAINERS[name].train(here)
+    same(left(here.out), straight(world, tmp_path_factory, name, options))
+
+
+def test_the_second_signal_leaves_at_once(world, tmp_path, monkeypatch):
+    done = []
+
+    def twice(self, *args, **kwargs):
+        done.append(self.step)
+        if self.step == 4:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("it went on")
+
+    monkeypatch.setattr(run.Run, "update", twice)
+    with pytest.raises(run.Stopped, match="SIGINT: left at once") as stopped:
+        pretrain.train(config(world, "pretrain", tmp_path / "out"))
+    assert stopped.value.code == 130 and done == [0, 1, 2, 3, 4]
+    assert Checkpoints(tmp_path / "out/checkpoints").steps() == [2, 4]  # nothing was saved for it
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ------------------------------------------------------------------ killed in the middle
+
+
+def in_the_middle(name, monkeypatch, moment):
+    """Kill the training of `name` when `moment` comes for the n-th time: {what: n}."""
+    what, n = moment
+    owner, function = {
+        "micro-batch": {  # one of the four of an update: the gradient is half there
+            "pretrain": (common, "next_token_loss"),
+            "sft": (common, "next_token_loss"),
+            "reward": (reward, "score_answers"),
+            "dpo": (dpo, "loss_and_metrics"),
+            "ppo": (ppo, "values_of"),
+        },
+        "rollout": {"ppo": (ppo, "generate")},
+        "experience": {"ppo": (ppo, "frozen_values")},
+        "save": dict.fromkeys(TRAINERS, (run.Checkpoints, "save")),
+        "evaluation": dict.fromkeys(TRAINERS, (run.Run, "_look")),
+        "row": dict.fromkeys(TRAINERS, (run.Run, "write")),
+    }[what][name]
+    original, count = getattr(owner, function), iter(range(10_000))
+
+    def killing(*args, **kwargs):
+        if next(count) == n:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, function, killing)
+
+
+MOMENTS = [(name, ("micro-batch", n)) for name in TRAINERS for n in (14, 23)]
+MOMENTS += [("ppo", ("rollout", 6)), ("ppo", ("experience", 4)), ("sft", ("save", 2)), ("dpo", ("evaluation", 1))]
+MOMENTS += [("reward", ("row", 4)), ("pretrain", ("row", 0))]
+
+
+@pytest.mark.parametrize("name, moment", MOMENTS, ids=lambda x: x if isinstance(x, str) else f"{x[0]}-{x[1]}")
+def test_a_run_killed_in_the_middle_ends_the_same(name, moment, world, tmp_path, tmp_path_factory, monkeypatch):
+    here = config(world, name, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        in_the_middle(name, patch, moment)
+        with pytest.raises(Killed):
+            TRAINERS[name].train(here)
+    with open(here.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 7, "lo')  # what a kill in the middle of a line leaves
+    TRAINERS[name].train(dataclasses.replace(here, resume=True))
+    same(left(here.out), straight(world, tmp_path_factory, name, {}))
+
+
+def test_a_run_killed_after_its_last_update_writes_its_model(world, tmp_path, tmp_path_factory, monkeypatch):
+    here = config(world, "sft", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "save_trained", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            sft.train(here)
+    sft.train(dataclasses.replace(here, resume=True))
+    same(left(here.out), straight(world, tmp_path_factory, "sft", {}))
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_loud_line(world, tmp_path, tmp_path_factory, capfd):
+    here = config(world, "reward", tmp_path / "out")
+    reward.train(here)
+    newest = here.out / "checkpoints" / f"step-{max(Checkpoints(here.out / 'checkpoints').steps()):08}"
+    data = bytearray((newest / "model.safetensors").read_bytes())
+    data[len(data) // 2] ^= 4
+    (newest / "model.safetensors").write_bytes(data)
+    (here.out / "model.safetensors").unlink()
+    capfd.readouterr()
+    reward.train(dataclasses.replace(here, resume=True))
+    told = capfd.readouterr()
+    assert (
+        "WARNING: " in told.err and "model.safetensors is damaged" in told.err and "the checkpoint before" in told.err
+    )
+    assert "resumed after update" in told.out
+    same(left(here.out), straight(world, tmp_path_factory, "reward", {}))
+
+
+# ------------------------------------------------------------------ what may change, and what may not
+
+
+def stopped_run(world, out, name="pretrain"):
+    """The settings of a run that was stopped in the middle."""
+    here = config(world, name, out)
+    patch = pytest.MonkeyPatch()
+    with patch.context() as inner:
+        in_the_middle(name, inner, ("micro-batch", 23))
+        with pytest.raises(Killed):
+            TRAINERS[name].train(here)
+    return dataclasses.replace(here, resume=True)
+
+
+def test_learning_rate_and_length_of_a_run_may_change_and_are_told(world, tmp_path, capsys):
+    here = stopped_run(world, tmp_path / "out")
+    pretrain.train(dataclasses.replace(here, lr=1e-4, tokens=12 * 4 * 24))
+    told = capsys.readouterr().out
+    assert "other settings than before: " in told
+    assert "--lr was 0.004 and is 0.0001" in told and "--tokens was 864 and is 1152" in told
+    noted = json.loads((here.out / "environment.json").read_text(encoding="utf-8"))
+    assert noted["resumed"][0]["changed"] == {"lr": [0.004, 0.0001], "tokens": [864, 1152]}
+    rows = left(here.out)["metrics.jsonl"]
+    assert [row["step"] for row in rows if "loss" in row] == [3, 6, 9, 12]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 4, 8, 12]
+
+
+@pytest.mark.parametrize(
+    "field, value", [("hidden_size", 32), ("num_hidden_layers", 2), ("length", 12), ("batch_size", 8), ("seed", 1),
+                     ("weight_decay", 0.5), ("packing", "greedy"), ("weights", {"cats": 1.0, "dogs": 2.0})]
+)  # fmt: skip
+def test_a_resumed_run_is_no_other_run(field, value, world, tmp_path):
+    here = stopped_run(world, tmp_path / "out")
+    before = left(here.out)
+    with pytest.raises(ValueError, match=f"can not be resumed with other settings: --{field.replace('_', '-')} was"):
+        pretrain.train(dataclasses.replace(here, **{field: value}))
+    assert left(here.out) == before
+
+
+def test_other_data_and_another_tokenizer_are_refused_by_name(world, tmp_path):
+    other = tmp_path / "data"
+    other.mkdir()
+    for path in (world / "data").iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    here = dataclasses.replace(
+        stopped_run(world, tmp_path / "out"), data=other
+    )  # the same in another place is the same
+    ids = np.fromfile(other / "dogs.train.bin", "<u2")
+    ids[3] += 1
+    ids.tofile(other / "dogs.train.bin")
+    with pytest.raises(
+        ValueError, match=r"step-00000004 does not fit this run: batches: .*dogs\.checksum was \d+ and is"
+    ):
+        pretrain.train(here)
+    text = (other / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer.json").write_text(text + " ", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"step-00000004 belongs to another run: tokenizer was [0-9a-f]{12}… and is"):
+        pretrain.train(here)
+
+
+def test_other_weights_to_start_from_are_refused(world, tmp_path):
+    here = stopped_run(world, tmp_path / "out", "dpo")
+    model = build(Config(vocab_size=TOKENIZER.vocab_size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                         max_position_embeddings=96), seed=4)  # fmt: skip
+    common.save_model(tmp_path / "base", model, TOKENIZER, "chatml")
+    with pytest.raises(ValueError, match="belongs to another run: weights of --model was"):
+        dpo.train(dataclasses.replace(here, model=tmp_path / "base"))
+
+
+def test_what_can_not_be_resumed(world, tmp_path, capsys):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/thesis.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"foreign has no settings\.json: there is no run to resume"):
+        pretrain.train(config(world, "pretrain", tmp_path / "foreign", resume=True))
+    with pytest.raises(ValueError, match="--resume goes on with what --overwrite would remove"):
+        config(world, "pretrain", tmp_path / "out", resume=True, overwrite=True)
+    with pytest.raises(ValueError, match=r"out is not empty: take another --out, go on with it \(--resume\), or"):
+        stopped_run(world, tmp_path / "out")
+        pretrain.train(config(world, "pretrain", tmp_path / "out"))
+    pretrain.train(config(world, "pretrain", tmp_path / "new", resume=True))  # as a script in a loop would do
+    assert "there is no run in " in capsys.readouterr().out
+
+
+def test_settings_are_read_with_the_nearest_name_for_a_wrong_one(world, tmp_path):
+    here = stopped_run(world, tmp_path / "out")
+    path = here.out / "settings.json"
+    good = json.loads(path.read_text(encoding="utf-8"))
+    assert dataclasses.replace(run.read_settings(pretrain.PretrainConfig, path), resume=True) == here
+    for wrong, message in (
+        ({**good, "batchsize": 3}, "there is no setting 'batchsize'; perhaps batch_size was meant"),
+        ({**good, "lr": "fast"}, "--lr has to be a finite number, and is fast"),
+        ({**good, "lr": -1.0}, "--lr has to be above 0, and is -1.0"),
+        ({k: v for k, v in good.items() if k != "data"}, "missing 1 required keyword-only argument: 'data'"),
+        ([1], "has to be a JSON object of settings"),
+    ):
+        path.write_text(json.dumps(wrong), encoding="utf-8")
+        with pytest.raises(ValueError, match=f"settings.json:? {message}"):
+            pretrain.train(here)
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"settings\.json is no JSON"):
+        pretrain.train(here)
+
+
+# ------------------------------------------------------------------ what is kept
+
+
+def test_the_best_checkpoint_is_kept_and_its_model_is_written(world, tmp_path, monkeypatch, capsys):
+    told = iter([3.0, 1.0, 2.0, 2.5])
+    monkeypatch.setattr(pretrain, "evaluate_tokens", lambda *_: {"eval_bits_per_byte": next(told)})
+    here = config(world, "pretrain", tmp_path / "out", keep_best=True, keep_last=1, eval_every=3)
+    model, _ = pretrain.train(here)
+    assert Checkpoints(here.out / "checkpoints").steps() == [3, 9]
+    assert "kept: the model after update 3 of 9, with eval_bits_per_byte 1.0000" in capsys.readouterr().out
+    weights = lambda path: (path / "model.safetensors").read_bytes()
+    assert (
+        weights(here.out)
+        == weights(here.out / "checkpoints/step-00000003")
+        != weights(here.out / "checkpoints/step-00000009")
+    )
+    assert np.array_equal(model.flat, common.load_with_head(here.out / "checkpoints/step-00000003", "lm").flat)
+
+
+def test_checkpoints_by_the_clock(world, tmp_path, monkeypatch):
+    clock = iter(range(0, 10_000, 25))
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
+    saved = []
+    monkeypatch.setattr(run.Checkpoints, "save", lambda self, step, *rest: saved.append(step))
+    pretrain.train(config(world, "pretrain", tmp_path / "out", save_every=0, save_minutes=1.0))
+    assert saved[-1] == 9 and len(saved) > 2 and all(b - a > 1 for a, b in itertools.pairwise(saved[:-1]))
+    pretrain.train(config(world, "pretrain", tmp_path / "none", save_every=0, save_minutes=0.0))
+    assert saved[-1] == 9 and not (tmp_path / "none/checkpoints").exists()
+
+
+def test_a_model_that_is_not_finite_is_never_saved_over_a_good_one(world, tmp_path, monkeypatch):
+    here, update = config(world, "pretrain", tmp_path / "out"), run.Run.update
+
+    def poisoned(self, *args, **kwargs):
+        update(self, *args, **kwargs)
+        if self.step == 5:
+            self.holds["model"].flat[7] = np.inf
+
+    monkeypatch.setattr(run.Run, "update", poisoned)
+    with pytest.raises(
+        NotFinite, match=r"model/model.embed_tokens.weight is not finite after update 6: it is not saved"
+    ):
+        pretrain.train(here)
+    manifest, _ = Checkpoints(here.out / "checkpoints").newest()
+    assert manifest["step"] == 4 and not (here.out / "model.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_names_its_rows(world, tmp_path, monkeypatch):
+    original, count = pretrain.next_token_backward, iter(range(100))
+    spoilt = lambda *args: original(*args) if next(count) != 2 else float("nan")
+    monkeypatch.setattr(pretrain, "next_token_backward", spoilt)
+    with pytest.raises(
+        NotFinite, match=r"^update 3 \((cats|dogs) [\d, ]+; (cats|dogs) [\d, ]+\): the gradient's norm is"
+    ):
+        pretrain.train(config(world, "pretrain", tmp_path / "out"))
+    count = iter(range(100))
+    pretrain.train(config(world, "pretrain", tmp_path / "skip", on_nan="skip"))
+    assert left(tmp_path / "skip")["metrics.jsonl"][-2]["skipped_updates"] == 1
+
+
+def test_too_little_memory_says_what_took_it_and_what_to_lower(world, tmp_path, monkeypatch):
+    def too_much(*_):
+        raise MemoryError("Unable to allocate 12.0 GiB")
+
+    monkeypatch.setattr(pretrain, "next_token_backward", too_much)
+    with pytest.raises(MemoryError) as caught:
+        pretrain.train(config(world, "pretrain", tmp_path / "out", micro_batch_size=2))
+    parameters = common.load_with_head(world / "base", "lm").flat.size
+    assert str(caught.value) == (
+        f"Unable to allocate 12.0 GiB; 2 rows of up to 24 tokens were computed at once by a model of {parameters:,} "
+        "parameters (0 MB with gradients and moments): take a smaller --micro-batch-size (now 2) or shorter rows"
+    )
+
+
+def test_what_a_run_was_made_with_stands_beside_it(world, tmp_path):
+    here = config(world, "reward", tmp_path / "out")
+    reward.train(here)
+    noted = json.loads((here.out / "environment.json").read_text(encoding="utf-8"))
+    assert noted["versions"]["numpy"] == np.__version__ and noted["machine"]["cores"] == os.cpu_count()
+    assert noted["command"] == sys.argv and "resumed" not in noted
+    settings = json.loads((here.out / "settings.json").read_text(encoding="utf-8"))
+    assert settings.keys() == vars(here).keys() and settings["seed"] == 0  # what was left to its default, too
+
+
+def test_a_checkpoint_is_a_model_folder(world, tmp_path):
+    here = config(world, "sft", tmp_path / "out")
+    model, _ = sft.train(here)
+    newest = here.out / "checkpoints" / f"step-{max(Checkpoints(here.out / 'checkpoints').steps()):08}"
+    assert np.array_equal(common.load_with_head(newest, "lm").flat, model.flat)
+    assert common.load_tokenizer(newest).vocab_size == TOKENIZER.vocab_size and common.template_of(newest) == "chatml"
+
+
+def test_files_that_somebody_has_shortened_are_told(world, tmp_path, capfd):
+    here = stopped_run(world, tmp_path / "out")
+    path = here.out / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:100])
+    pretrain.train(here)
+    assert "WARNING: " in capfd.readouterr().err
+    assert all(isinstance(json.loads(line), dict) for line in path.read_text(encoding="utf-8").splitlines())
+
+
+# ------------------------------------------------------------------ the scripts, from outside
+
+
+def script(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+LINES = {signal.SIGINT: (130, "SIGINT"), signal.SIGTERM: (143, "SIGTERM")}
+
+
+def often(world, out, updates):
+    """Settings of a run that saves after every update."""
+    return config(world, "pretrain", out, tokens=updates * 4 * 24, save_every=1, eval_every=25, log_every=1)
+
+
+def stopped_again_and_again(here, rng, times, kinds):
+    """Start scripts/pretrain.py, send it one of `kinds` at a random moment of an update or a save, resume, and again,
+    `times` in all; then let it end."""
+    told = {name: value for name, value in vars(here).items() if value not in (None, "", False)}
+    options = [word for name, value in told.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    command, latest = [ROOT / "scripts/pretrain.py", *options], here.out / "checkpoints/latest"
+    for n in range(times):
+        before = latest.read_bytes() if latest.exists() else b""
+        process = script(*command, *(["--resume"] if n else []))
+        while process.poll() is None and (not latest.exists() or latest.read_bytes() == before):
+            time.sleep(0.001)  # until it has saved for the first time
+        kind = kinds[n % len(kinds)]
+        time.sleep(rng.uniform(0, 0.05))
+        process.send_signal(kind)
+        _, err = process.communicate(timeout=60)
+        assert "Traceback" not in err, err
+        if kind in LINES:
+            code, name = LINES[kind]
+            assert process.returncode == code and f"pretrain.py: {name}: stopped after update" in err, err
+        else:
+            assert process.returncode == -kind, err
+        assert Checkpoints(here.out / "checkpoints").newest() is not None
+    process = script(*command, "--resume")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+
+
+KILLS, ASKS = [signal.SIGKILL], [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.mark.parametrize(
+    "kinds, times, updates",
+    [
+        (KILLS, 2, 40),
+        (ASKS, 2, 40),
+        pytest.param(KILLS, 50, 500, marks=pytest.mark.slow),
+        pytest.param(ASKS, 20, 300, marks=pytest.mark.slow),
+    ],
+    ids=["killed", "asked", "killed-50-times", "asked-20-times"],
+)
+def test_a_script_that_is_stopped_again_and_again_ends_the_same(kinds, times, updates, world, tmp_path):
+    pretrain.train(often(world, tmp_path / "straight", updates))
+    here = often(world, tmp_path / "out", updates)
+    stopped_again_and_again(here, np.random.default_rng(times), times, kinds)
+    same(left(here.out), left(tmp_path / "straight"))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path):
+    here = config(world, "pretrain", tmp_path / "out")
+    with (
+        locked(here.out),
+        pytest.raises(ValueError, match=rf"out is in use by process {os.getpid()} on .*: wait for it"),
+    ):
+        pretrain.train(here)
+
+
+def test_resume_alone_takes_the_options_of_the_run(world, tmp_path, status_of, capsys):
+    spec = importlib.util.spec_from_file_location("command_line", ROOT / "scripts/command_line.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    here = stopped_run(world, tmp_path / "out")
+    parsed = module.parse(pretrain.PretrainConfig, "", ["--out", str(here.out), "--resume"])
+    assert parsed == here
+    parsed = module.parse(pretrain.PretrainConfig, "", [f"--out={here.out}", "--resume", "True", "--lr", "0.5"])
+    assert parsed == dataclasses.replace(here, lr=0.5)
