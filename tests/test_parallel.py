@@ -19,7 +19,7 @@ from minillm.data.pack import Batch
 from minillm.kernels import jit
 from minillm.model import Config, build
 from minillm.parallel import in_shares
-from minillm.trainers import dpo, ppo, pretrain, reward
+from minillm.trainers import dpo, ppo, reward
 from minillm.trainers.common import next_token_backward
 
 ROOT = Path(__file__).parents[1]
@@ -190,8 +190,3 @@ def test_serial_and_parallel_kernels_have_a_cache_each():
 def _count(x):
     for i in jit.prange(len(x)):
         x[i] = i
-
-
-def test_workers_have_to_be_at_least_one(tmp_path):
-    with pytest.raises(ValueError, match="--workers has to be at least 1, and is 0"):
-        pretrain.PretrainConfig(data=tmp_path, out=tmp_path, workers=0)

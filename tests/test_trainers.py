@@ -111,7 +111,7 @@ WRONG = {
     "clip_value": 0.0, "gamma": 1.1, "lam": -0.1, "entropy_coefficient": -0.1, "missing_eos_penalty": -1.0,
     "reward_clip": 0.0, "reference_samples": -1, "value_lr": 0.0, "value_warmup": -1, "eval_prompts": 0,
     "flight_record": -1, "eval_questions": -1, "lora_rank": -1, "lora_alpha": 0.0,
-    "quantize": "int8",
+    "quantize": "int8", "workers": 0,
 }  # fmt: skip
 FIELDS = [(config, field.name) for config in NEEDED for field in dataclasses.fields(config)]
 EVERY_FIELD = pytest.mark.parametrize("config, name", FIELDS, ids=lambda x: getattr(x, "__name__", x))

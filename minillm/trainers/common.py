@@ -61,7 +61,7 @@ class Settings:
     """rows computed at once; 0: all of them. Smaller takes less memory and gives the same gradient"""
     workers: int = 1
     """threads that share an update's rows, each on one core; 1: all cores in each kernel, which small models are too
-    small for. The same number gives the same model whatever the machine's number of cores"""
+    small for. From 2 on, a number gives the same model whatever the machine's number of cores"""
     lr: float = 1e-3
     """the peak learning rate"""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
