@@ -41,6 +41,7 @@ setup(
     install_requires=[
         "numpy>=2.1.2,<2.6",
         "numba>=0.66,<0.70",
+        "threadpoolctl>=3.2",
         "ml_dtypes>=0.5",
         "safetensors>=0.5",
         "tokenizers>=0.21,<0.24",

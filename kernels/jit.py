@@ -7,6 +7,9 @@ Numba, set up once: the decorators of every CPU kernel, and the functions that k
   three plain loops, and without a BLAS library whose threads would compete with Numba's.
 """
 
+import contextlib
+import contextvars
+import functools
 import hashlib
 import math
 import os
@@ -27,6 +30,7 @@ __all__ = [
     "exp",
     "jit",
     "matmul_add",
+    "one_thread",
     "prange",
     "prange_jit",
     "row_max",
@@ -54,16 +58,42 @@ def _cache_dir():
 
 def jit(function, **options):
     """numba.njit with this project's options; compiled at the first call for each dtype and cached on disk."""
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _cache_dir()
+    # the options are no part of the cache's key: a function that is compiled both ways needs two folders
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _cache_dir() + "".join(f"-{name}" for name in options)
     try:
         return numba.njit(cache=True, nogil=True, fastmath=_FLAGS, error_model="numpy", **options)(function)
     finally:
         numba.config.CACHE_DIR = before
 
 
+def inlined(function):
+    return jit(function, forceinline=True)
+
+
 def prange_jit(function):
-    """`jit` whose `prange` loops run on all threads. Iterations must be independent: no sum may cross them."""
-    return jit(function, parallel=True)
+    """`jit` whose `prange` loops run on all threads, or inside `one_thread` on the one that calls. Iterations must be
+    independent: no sum may cross them."""
+    parallel, serial = jit(function, parallel=True), jit(function)
+
+    @functools.wraps(function)
+    def run(*arguments):
+        return (serial if _alone.get() else parallel)(*arguments)
+
+    return run
+
+
+_alone = contextvars.ContextVar("alone", default=False)
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Context manager: kernels run on the thread that calls them, and several such threads do not disturb each other
+    (of Numba's threading layers, one aborts the process where two threads enter a parallel loop at once)."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 # ------------------------------------------------------------------ layouts
@@ -121,7 +151,7 @@ def exp(x):
     return np.exp(x)
 
 
-@overload(exp, jit_options={"fastmath": {"contract"}})  # no 'reassoc': it would fold C1 and C2 into one constant
+@overload(exp, jit_options={"fastmath": {"contract"}, "forceinline": True})  # no 'reassoc': it would fold C1 and C2 into one constant
 def _exp(x):
     if x != types.float32:
         return lambda x: np.exp(x)

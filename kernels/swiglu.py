@@ -17,7 +17,7 @@ Rungs
 import math
 
 from .device import empty, upcast, xp_of
-from .jit import exp, jit, prange, prange_jit, strided
+from .jit import exp, inlined, jit, prange, prange_jit, strided
 from .kernel import Kernel
 
 # ------------------------------------------------------------------ reference
@@ -53,7 +53,7 @@ def reference_backward(dy, gate, up):
 # ------------------------------------------------------------------ numba
 
 
-@jit
+@inlined
 def _s(x):
     one = type(x)(1)
     return one / (one + exp(-x))

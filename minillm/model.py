@@ -145,7 +145,8 @@ class Model:
         """Fresh weights from the seed; seed None leaves zeros, for weights that come from elsewhere."""
         self.config, self.adapter, self._instead = config, None, {}
         self._place(self.shapes(config), dtype)
-        self.used = self._fused()
+        self._use = Model._fused
+        self.used = self._use(self)
         self._list_blocks()
         if seed is not None:
             rng = np.random.default_rng(seed)
@@ -191,8 +192,17 @@ class Model:
         """
         new = copy.copy(self)
         new._place(shapes, self.flat.dtype)
-        new.used, new._instead = use(new), instead
+        new._use, new.used, new._instead = use, use(new), instead
         new._list_blocks()
+        return new
+
+    def twin(self):
+        """This model with a gradient memory of its own, all 0, so that two threads can run backward at once. The
+        weights are not copied: what changes here changes there."""
+        new = copy.copy(self)
+        new.flat_grad = np.zeros_like(self.flat_grad)
+        new.parameters = {name: new.view(name) for name in self.parameters}
+        new.used = self._use(new)
         return new
 
     def view(self, first, shape=None):

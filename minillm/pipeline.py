@@ -83,6 +83,7 @@ MODELS = {"base": "pretrain", "sft": "sft", "ppo": "ppo", "dpo": "dpo"}  # what 
 # What each stage is told, where it differs from the stage's own defaults. tiny and default come from measurements (see
 # the README), small and medium are estimates. A model holds a fact after some hundred statements, in many wordings.
 SHORT = {"length": 128, "held_out": 0.03}  # the atlas's conversations are short and many
+SHARED = {"workers": 2}  # not the machine's number of cores: the same seed gives the same models anywhere
 SIZES = {
     "tiny": {
         "data": {"size_bytes": 600_000, "most_facts": 100, "conversations": 1500},
@@ -96,11 +97,11 @@ SIZES = {
     "default": {
         "data": {"size_bytes": 18_000_000, "most_facts": 750, "conversations": 16_000},
         "tokenizer": {"vocab_size": 2048, "validation": 0.005},
-        "pretrain": {"tokens": 5_000_000, "batch_size": 8, "weight_decay": 0.02, "eval_every": 500},
-        "sft": {**SHORT, "epochs": 1.25, "lr": 1e-3, "batch_size": 8, "replay_share": 0.5, "eval_every": 200},
-        "reward": {**SHORT, "lr": 1.2e-3, "batch_size": 8, "eval_every": 200},
+        "pretrain": {"tokens": 5_000_000, "batch_size": 8, "weight_decay": 0.02, "eval_every": 500, **SHARED},
+        "sft": {**SHORT, **SHARED, "epochs": 1.25, "lr": 1e-3, "batch_size": 8, "replay_share": 0.5, "eval_every": 200},
+        "reward": {**SHORT, **SHARED, "lr": 1.2e-3, "batch_size": 8, "eval_every": 200},
         "ppo": {"episodes": 1920, "max_new_tokens": 32, "eval_every": 10},
-        "dpo": {**SHORT, "lr": 1e-4, "batch_size": 16, "eval_every": 100},
+        "dpo": {**SHORT, **SHARED, "lr": 1e-4, "batch_size": 16, "eval_every": 100},
     },
     "small": {
         "data": {"size_bytes": 40_000_000, "conversations": 12_000},

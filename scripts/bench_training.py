@@ -19,14 +19,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 from minillm.data.pack import Batch
 from minillm.model import Config, build
 from minillm.optim import AdamW, clip_scale
-from minillm.trainers.common import next_token_loss
+from minillm.trainers.common import next_token_backward
 
 import numpy as np  # isort: skip  (minillm first: it sets up the threads that NumPy's BLAS will have)
 
 
 def parse(arguments):
     parser = argparse.ArgumentParser(description="Time whole training steps: this engine against PyTorch, in turns.")
-    sizes = {"vocab": 2048, "width": 128, "layers": 4, "heads": 4, "length": 128, "batch": 32, "rounds": 20}
+    sizes = {
+        "vocab": 2048,
+        "width": 128,
+        "layers": 4,
+        "heads": 4,
+        "length": 128,
+        "batch": 32,
+        "rounds": 20,
+        "workers": 1,
+    }
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"({value})")
     parser.add_argument("--compile", action="store_true", help="PyTorch's side through torch.compile")
@@ -37,17 +46,16 @@ def parse(arguments):
     return options
 
 
-def minillm_step(config, seed):
+def minillm_step(config, seed, workers):
     """A function that makes one step on a Batch and returns the loss."""
     model = build(config, seed)
     optimizer = AdamW(model.parameters, lr=1e-3)
 
     def step(batch):
-        loss = next_token_loss(model, batch, batch.mask.sum())
-        loss.backward()
+        loss = next_token_backward(model, batch, 0, workers)
         optimizer.step(scale=clip_scale(optimizer.grad_norm(), 1.0))
         optimizer.zero_grad()
-        return loss.item()
+        return loss
 
     return step, model
 
@@ -144,7 +152,7 @@ def main():
     start, mask = np.zeros((o.batch, o.length), np.int32), np.ones((o.batch, o.length), bool)
     shape = (o.batch, o.length + 1)
     batches = [Batch(rng.integers(0, o.vocab, shape).astype(np.int32), start, mask) for _ in range(o.rounds + 3)]
-    ours, model = minillm_step(config, o.seed)
+    ours, model = minillm_step(config, o.seed, o.workers)
     sides = {"minillm": ours}
     try:
         import torch

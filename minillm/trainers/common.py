@@ -26,6 +26,7 @@ from ..hub import check_vocabulary, load_pretrained, read_config, read_object, s
 from ..kernels.device import to_host
 from ..model import build
 from ..optim import AdamW, cosine_schedule, linear_schedule
+from ..parallel import in_shares
 from ..tokenizer import Tokenizer
 
 IGNORED = -100  # a target that is not in the loss
@@ -46,6 +47,9 @@ class Settings:
     """rows in an update"""
     micro_batch_size: int = 0
     """rows computed at once; 0: all of them. Smaller takes less memory and gives the same gradient"""
+    workers: int = 1
+    """threads that share an update's rows, each on one core; 1: all cores in each kernel, which small models are too
+    small for. From 2 on, a number gives the same model whatever the machine's number of cores"""
     lr: float = 1e-3
     """the peak learning rate"""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -91,7 +95,7 @@ class Settings:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             self.of_type(field.name, field.type)
-        for name in ("batch_size", "log_every", "eval_every", "keep_last"):
+        for name in ("batch_size", "workers", "log_every", "eval_every", "keep_last"):
             self.at_least(name, 1)
         for name in ("seed", "micro_batch_size", "samples", "weight_decay", "save_every", "save_minutes"):
             self.at_least(name, 0)
@@ -385,10 +389,15 @@ def hold_out(items, share, seed, key=lambda item: item.where):
     return [i for i in items if key(i) not in chosen], [i for i in items if key(i) in chosen]
 
 
+def longest_first(examples):
+    """Rankings in the order of their longest answers."""
+    return sorted(examples, key=lambda e: -max(len(ids) for ids, _ in e.answers))
+
+
 def by_length(examples, size):
     """Rankings in parts of at most `size`, longest first, so that a part's rows need little padding. A part's loss is
     divided by the count of the whole update, so how it is cut does not matter."""
-    examples = sorted(examples, key=lambda e: -max(len(ids) for ids, _ in e.answers))
+    examples = longest_first(examples)
     size = size or max(1, len(examples))
     for first in range(0, len(examples), size):
         yield examples[first : first + size]
@@ -428,16 +437,21 @@ def next_token_loss(model, batch, count):
     return F.linear_cross_entropy(hidden, model.head, targets, weights=weights)
 
 
-def next_token_backward(model, batch, size):
-    """Backward of an update's next_token_loss, in parts of `size` rows; the loss, a float. A part without a target adds
-    nothing, and a whole batch without one has loss 0 and gradient 0."""
-    count, total = int(batch.mask.sum()), 0.0
-    for part in parts(batch, size):
-        if part.mask.any():
-            loss = next_token_loss(model, part, count)
-            loss.backward()
-            total += loss.item()
-    return total
+def next_token_backward(model, batch, size, workers=1):
+    """Backward of an update's next_token_loss, shared among `workers`, in parts of `size` rows; the loss, a float. A
+    part without a target adds nothing, and a whole batch without one has loss 0 and gradient 0."""
+    count = int(batch.mask.sum())
+
+    def backward(model, share):
+        total = 0.0
+        for part in parts(share, size):
+            if part.mask.any():
+                loss = next_token_loss(model, part, count)
+                loss.backward()
+                total += loss.item()
+        return total
+
+    return sum(in_shares(model, backward, batch, workers))
 
 
 def token_logprobs(model, batch, temperature=1.0, entropy=False):

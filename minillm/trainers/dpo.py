@@ -25,6 +25,7 @@ from ..data.readers import Bad
 from ..kernels.device import to_host
 from ..lora import switched_off
 from ..losses import dpo_loss, dpo_rewards, sequence_logprobs
+from ..parallel import add_up, in_shares
 from .common import (
     LoraSettings,
     QuestionSettings,
@@ -34,6 +35,7 @@ from .common import (
     hold_out,
     load_tokenizer,
     load_with_head,
+    longest_first,
     padding_of,
     read_files,
     same_tokenizer,
@@ -130,12 +132,17 @@ def loss_and_metrics(model, examples, config, pad_id, count):
 
 def backward(model, batch, config, pad_id):
     """Backward of the loss on the pairs of `batch`, in parts; {metric: mean over the pairs}."""
-    sums = {}
-    for part in by_length(batch, config.micro_batch_size):
-        loss, metrics = loss_and_metrics(model, part, config, pad_id, len(batch))
-        loss.backward()
-        for name, value in {"loss": loss.item() * len(batch), **metrics}.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
+
+    def backward_share(model, share):
+        sums = {}
+        for part in by_length(share, config.micro_batch_size):
+            loss, metrics = loss_and_metrics(model, part, config, pad_id, len(batch))
+            loss.backward()
+            for name, value in {"loss": loss.item() * len(batch), **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        return sums
+
+    sums = add_up(in_shares(model, backward_share, longest_first(batch), config.workers))
     return {name: value / len(batch) for name, value in sums.items()}
 
 

@@ -50,6 +50,7 @@ from ..losses import (
     ppo_value_loss,
     whiten,
 )
+from ..parallel import add_up, in_shares
 from .common import (
     LoraSettings,
     QuestionSettings,
@@ -308,29 +309,40 @@ def minibatches(rows, size, epochs, rng):
 
 def policy_backward(policy, e, config):
     """Backward of the policy's loss on the rows of `e`, in parts; its statistics."""
-    count, sums, largest = e.mask.sum(), {}, 0.0
-    for part in parts(e, config.micro_batch_size):
-        logp, entropy = token_logprobs(policy, part.batch, config.temperature, entropy=True)
-        loss, found = ppo_policy_loss(logp, part.logp, part.white, part.mask, config.clip, count)
-        if config.entropy_coefficient:
-            loss = loss - masked_mean(entropy, part.mask, count) * config.entropy_coefficient
-        loss.backward()
-        largest = max(largest, float(found.pop("ratio_max")))
-        found |= {"loss": loss.item(), "entropy": masked_mean(entropy.data, part.mask, count)}
-        sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
-    return sums | {"ratio_max": largest}
+    count = e.mask.sum()
+
+    def backward_share(policy, share):
+        sums, largest = {}, 0.0
+        for part in parts(share, config.micro_batch_size):
+            logp, entropy = token_logprobs(policy, part.batch, config.temperature, entropy=True)
+            loss, found = ppo_policy_loss(logp, part.logp, part.white, part.mask, config.clip, count)
+            if config.entropy_coefficient:
+                loss = loss - masked_mean(entropy, part.mask, count) * config.entropy_coefficient
+            loss.backward()
+            largest = max(largest, float(found.pop("ratio_max")))
+            found |= {"loss": loss.item(), "entropy": masked_mean(entropy.data, part.mask, count)}
+            sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
+        return sums | {"ratio_max": largest}
+
+    found = in_shares(policy, backward_share, e, config.workers)
+    return add_up(found) | {"ratio_max": max(some["ratio_max"] for some in found)}
 
 
 def value_backward(value_model, e, config, clip):
     """Backward of the value model's loss on the rows of `e`, in parts; its statistics."""
-    count, sums = e.mask.sum(), {}
-    for part in parts(e, config.micro_batch_size):
-        values = values_of(value_model, part.batch)
-        loss, found = ppo_value_loss(values, part.value, part.returns, part.mask, clip, count)
-        loss.backward()
-        found |= {"loss": loss.item()}
-        sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
-    return sums
+    count = e.mask.sum()
+
+    def backward_share(value_model, share):
+        sums = {}
+        for part in parts(share, config.micro_batch_size):
+            values = values_of(value_model, part.batch)
+            loss, found = ppo_value_loss(values, part.value, part.returns, part.mask, clip, count)
+            loss.backward()
+            found |= {"loss": loss.item()}
+            sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
+        return sums
+
+    return add_up(in_shares(value_model, backward_share, e, config.workers))
 
 
 def update(policy, value_model, e, optimizers, config, run, rng, train_policy=True):

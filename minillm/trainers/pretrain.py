@@ -155,7 +155,7 @@ def train(config):
             batch = next(batches)
             if not batch.mask.any():
                 continue  # nothing to learn from: an update would only apply the weight decay
-            loss = next_token_backward(model, batch, config.micro_batch_size)
+            loss = next_token_backward(model, batch, config.micro_batch_size, config.workers)
             run.update(optimizer, {"loss": loss}, tokens=batch.x.size)
         run.load_best()
     return save_trained(config, model, tokenizer), tokenizer

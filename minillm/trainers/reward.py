@@ -21,6 +21,7 @@ from ..data.datasets import Batches, Items
 from ..data.readers import Bad
 from ..kernels.device import to_host
 from ..losses import ranking_loss, reward_loss
+from ..parallel import in_shares
 from .common import (
     LoraSettings,
     TuningSettings,
@@ -29,6 +30,7 @@ from .common import (
     hold_out,
     load_tokenizer,
     load_with_head,
+    longest_first,
     padding_of,
     read_files,
     save_trained,
@@ -96,17 +98,23 @@ def margins_of(r, examples):
 
 def backward(model, batch, config, pad_id):
     """Backward of the loss on the rankings of `batch`, in parts; its metrics, over all answers that are compared."""
-    total, margins, found = 0.0, [], []
-    for part in by_length(batch, config.micro_batch_size):
-        r = score_answers(model, part, pad_id)
-        loss = preference_loss(r, part, config, len(batch))
-        loss.backward()
-        total += loss.item()
-        r = to_host(r.data)
-        margins += margins_of(r, part)
-        found += [row[: len(e.answers)] for row, e in zip(r, part, strict=True)]
-    r, margins = np.concatenate(found), np.array(margins)
-    metrics = {"loss": total, "accuracy": pair_accuracy(margins), "margin": margins.mean()}
+
+    def backward_share(model, share):
+        total, margins, found = 0.0, [], []
+        for part in by_length(share, config.micro_batch_size):
+            r = score_answers(model, part, pad_id)
+            loss = preference_loss(r, part, config, len(batch))
+            loss.backward()
+            total += loss.item()
+            r = to_host(r.data)
+            margins += margins_of(r, part)
+            found += [row[: len(e.answers)] for row, e in zip(r, part, strict=True)]
+        return total, np.array(margins), np.concatenate(found)
+
+    found = in_shares(model, backward_share, longest_first(batch), config.workers)
+    losses, margins, r = zip(*found, strict=True)
+    margins, r = np.concatenate(margins), np.concatenate(r)
+    metrics = {"loss": sum(losses), "accuracy": pair_accuracy(margins), "margin": margins.mean()}
     return metrics | {"min_reward": r.min(), "mean_reward": r.mean(), "max_reward": r.max()}
 
 

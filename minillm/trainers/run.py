@@ -47,7 +47,8 @@ QUIET = 10.0  # seconds without a line, after which a run without a progress bar
 SETTINGS, ENVIRONMENT = "settings.json", "environment.json"
 
 # What may be another at --resume: how much and how fast is trained, what is told and kept, and what has to be smaller
-# where memory was short. Paths, too: their contents are compared. Everything else would make another run of it.
+# where memory was short (micro_batch_size changes the last bits). Paths, too: their contents are compared. Everything
+# else would make another run of it.
 CHANGEABLE = {
     *("lr", "schedule", "warmup", "lr_floor", "value_lr"),
     *("epochs", "tokens", "episodes"),

@@ -116,7 +116,7 @@ def train(config):
             batch = next(batches)
             if not batch.mask.any():
                 continue  # nothing to learn from: an update would only apply the weight decay
-            loss = next_token_backward(model, batch, config.micro_batch_size)
+            loss = next_token_backward(model, batch, config.micro_batch_size, config.workers)
             run.update(optimizer, {"loss": loss, "trained_tokens": batch.mask.sum()}, tokens=batch.x.size)
         run.load_best()
     return save_trained(config, model, tokenizer, template), tokenizer
