@@ -56,24 +56,26 @@ def _cache_dir():
     return str(pathlib.Path(root, "numba-" + hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:12]))
 
 
-def jit(function, **options):
+def _njit(function, folder="", **options):
     """numba.njit with this project's options; compiled at the first call for each dtype and cached on disk."""
-    # the options are no part of the cache's key: a function that is compiled both ways needs two folders
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _cache_dir() + "".join(f"-{name}" for name in options)
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _cache_dir() + folder
     try:
         return numba.njit(cache=True, nogil=True, fastmath=_FLAGS, error_model="numpy", **options)(function)
     finally:
         numba.config.CACHE_DIR = before
 
 
-def inlined(function):
-    return jit(function, forceinline=True)
+def jit(function, **options):
+    """A function that kernels call. It becomes part of each of them: called, it would be optimised apart from them in
+    the process that compiles, and together with them in those that read the cache, and round in two ways."""
+    return _njit(function, forceinline=True, **options)
 
 
 def prange_jit(function):
-    """`jit` whose `prange` loops run on all threads, or inside `one_thread` on the one that calls. Iterations must be
-    independent: no sum may cross them."""
-    parallel, serial = jit(function, parallel=True), jit(function)
+    """A kernel, whose `prange` loops run on all threads, or inside `one_thread` on the one that calls. Iterations must
+    be independent: no sum may cross them."""
+    # The options are no part of the cache's key, so what is compiled both ways needs two folders.
+    parallel, serial = _njit(function, "-parallel", parallel=True), _njit(function)
 
     @functools.wraps(function)
     def run(*arguments):
@@ -151,7 +153,9 @@ def exp(x):
     return np.exp(x)
 
 
-@overload(exp, jit_options={"fastmath": {"contract"}, "forceinline": True})  # no 'reassoc': it would fold C1 and C2 into one constant
+@overload(
+    exp, jit_options={"fastmath": {"contract"}, "forceinline": True}
+)  # no 'reassoc': it would fold C1 and C2 into one constant
 def _exp(x):
     if x != types.float32:
         return lambda x: np.exp(x)

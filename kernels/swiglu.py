@@ -17,7 +17,7 @@ Rungs
 import math
 
 from .device import empty, upcast, xp_of
-from .jit import exp, inlined, jit, prange, prange_jit, strided
+from .jit import exp, jit, prange, prange_jit, strided
 from .kernel import Kernel
 
 # ------------------------------------------------------------------ reference
@@ -53,7 +53,7 @@ def reference_backward(dy, gate, up):
 # ------------------------------------------------------------------ numba
 
 
-@inlined
+@jit
 def _s(x):
     one = type(x)(1)
     return one / (one + exp(-x))
@@ -97,8 +97,9 @@ def _backward(dy, dy_stride, gate, gate_stride, up, up_stride, dgate, dup):
         a, b = gate[i * gate_stride : i * gate_stride + F], up[i * up_stride : i * up_stride + F]
         for f in range(F):
             s = _s(a[f])
-            to_gate[f] = g[f] * b[f] * s * (one + a[f] * (one - s))
-            to_up[f] = g[f] * a[f] * s
+            gs = g[f] * s
+            to_gate[f] = gs * b[f] * (one + a[f] * (one - s))
+            to_up[f] = gs * a[f]
 
 
 def _rows(x):

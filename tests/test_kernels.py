@@ -275,3 +275,42 @@ def test_an_edited_helper_is_seen_by_a_warm_cache(tmp_path):
     source = (package / "jit.py").read_text()
     (package / "jit.py").write_text(source.replace("return x + 1\n", "return x + 41\n"))
     assert run() == "42"
+
+
+PRINT_HASHES = """
+import hashlib, sys
+import numpy as np
+import minillm.functional, minillm.optim
+from minillm.kernels.jit import one_thread
+from minillm.kernels.kernel import KERNELS
+
+def flat(x):
+    return b"".join(map(flat, x)) if isinstance(x, tuple | list) else np.asarray(x).tobytes()
+
+for kernel in KERNELS:
+    if kernel.name in sys.argv[1:] or not sys.argv[1:]:
+        for size in ("ragged", "large"):
+            args, kwargs = kernel.example(np.random.default_rng(0), size, np.float32)
+            call = lambda: hashlib.sha256(flat(kernel.version("numba")(*args, **kwargs))).hexdigest()
+            with one_thread():
+                alone = call()
+            print(kernel.name, size, alone, call())
+"""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("cross_entropy_forward", "swiglu_backward"), pytest.param((), marks=pytest.mark.slow)],
+    ids=["two", "all"],
+)
+def test_what_was_just_compiled_rounds_as_what_is_read_from_the_cache(names, tmp_path):
+    """Else a run would have other bits in the process that compiles its kernels than in one that resumes it. The same
+    for kernels on one thread and on all."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PRINT_HASHES, *names]
+    fresh, cached = (subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2))
+    assert fresh.returncode == cached.returncode == 0, fresh.stderr + cached.stderr
+    assert fresh.stdout == cached.stdout and fresh.stdout.count("\n") >= 2 * len(names)
+    for line in cached.stdout.splitlines():
+        alone, together = line.split()[2:]
+        assert alone == together, line
