@@ -27,8 +27,8 @@ import jinja2
 import numpy as np
 from jinja2 import nodes
 from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from minillm.sandbox import Sandbox, allowance, metered
 from minillm.tokenizer import SMALLEST_VOCABULARY, Tokenizer, require_unicode
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -374,13 +374,20 @@ def jinja_segments(messages, source, tokenizer, add_generation_prompt, variables
         roles = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "pad_token": tokenizer.pad}
         context = {role: mark_of.get(name, name) for role, name in roles.items() if name is not None}
         context |= {"tools": None, "documents": None, "strftime_now": now.strftime} | variables
-        try:
-            template = compile_template(source, tuple(mark_of.items()), start, end)
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **context)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"the chat template, line {error.lineno}: {error.message}") from error
-        except Exception as error:  # somebody else's program: it may fail in any way, or refuse the messages
-            raise ValueError(f"the chat template fails: {error}") from error
+        with allowance(source, [messages, variables]) as limits:
+            try:
+                template = compile_template(source, tuple(mark_of.items()), start, end)
+                text = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **context)
+            except jinja2.TemplateSyntaxError as error:
+                raise ValueError(f"the chat template, line {error.lineno}: {_one_line(error.message)}") from None
+            except RecursionError:
+                raise ValueError("the chat template fails: it is nested, or calls itself, too deeply") from None
+            except Exception as error:  # somebody else's program: it may fail in any way, or refuse the messages
+                raise ValueError(f"the chat template fails: {_one_line(error) or type(error).__name__}") from None
+            if len(text) > limits["text"]:
+                told = f"it writes {len(text):,} characters, and for this conversation {limits['text']:,} are the most"
+                raise ValueError(f"the chat template fails: {told}")
+            return text
 
     plain = run(messages, variables, {}, "", "")
     marked = run(messages, variables, mark_of, start, end)
@@ -465,6 +472,12 @@ def names_pattern(names):
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
 
+def _one_line(error):
+    """What somebody else's program says, in one line that is not too long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:299] + "…"
+
+
 class GenerationTag(Extension):
     """{% generation %} ... {% endgeneration %}: what is trained, with the environment's two marks around it."""
 
@@ -484,21 +497,14 @@ def raise_exception(message):
 
 @lru_cache(maxsize=64)
 def compile_template(source, marks, start, end):
-    """A Jinja template as Hugging Face's transformers sets it up, with the names in its constants replaced by marks.
-
-    The sandbox keeps a template, which is somebody else's program, from everything but its arguments, and these from
-    change. It does not bound how long a template runs.
-    """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
-    )
+    """A Jinja template that pays for what it does (sandbox.py), with the names in its constants replaced by marks."""
+    environment = Sandbox([GenerationTag])
     environment.generation_marks = start, end
     environment.globals["raise_exception"] = raise_exception
-    # Jinja's own tojson escapes for HTML.
-    environment.filters["tojson"] = lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: (
-        json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    )
     tree = environment.parse(source)
+    if other := tree.find((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
+        told = "it takes another file, and a chat template is one file"
+        raise jinja2.TemplateSyntaxError(told, other.lineno)
     if marks:
         mark_of, pattern = dict(marks), names_pattern(tuple(name for name, _ in marks))
         replace = lambda text: pattern.sub(lambda m: mark_of[m[0]], text)
@@ -507,4 +513,4 @@ def compile_template(source, marks, start, end):
         for node in tree.find_all(nodes.Const):
             if isinstance(node.value, str):
                 node.value = replace(node.value)
-    return environment.from_string(tree)
+    return environment.from_string(metered(tree))
