@@ -15,7 +15,6 @@ A checkpoint's own Jinja template works on plain strings and knows no segments. 
 at `jinja_segments`.
 """
 
-import json
 import re
 from datetime import datetime
 from functools import lru_cache
@@ -28,9 +27,11 @@ import numpy as np
 from jinja2 import nodes
 from jinja2.ext import Extension
 
+from minillm.files import json_type, read_object, read_text
 from minillm.sandbox import Sandbox, allowance, metered
 from minillm.tokenizer import SMALLEST_VOCABULARY, Tokenizer, require_unicode
 
+LONGEST_FILE = 1 << 20  # bytes of a template's file
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -335,15 +336,18 @@ def load_template(path):
     ones have it, the key "chat_template" in tokenizer_config.json. ValueError: a folder with neither."""
     path = Path(path)
     if not path.is_dir():
-        return path.read_text(encoding="utf-8")
+        return read_text(path, LONGEST_FILE)
     if (path / "chat_template.jinja").exists():
-        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_text(path / "chat_template.jinja", LONGEST_FILE)
     config = path / "tokenizer_config.json"
-    source = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.exists() else None
+    source = read_object(config).get("chat_template") if config.exists() else None
     if isinstance(source, list):  # several, each with a name
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        entries = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
+        source = entries[0].get("template") if entries else None
     if source is None:
         raise ValueError(f"{path} has no chat template")
+    if not isinstance(source, str):
+        raise ValueError(f"{config}: chat_template has to be a text, and is {json_type(source)}")
     return source
 
 

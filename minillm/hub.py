@@ -18,14 +18,12 @@ import math
 import re
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .chat import TEMPLATES, jinja_source, stop_ids
+from .files import DTYPES, read_header, read_object
 from .kernels.device import to_host
 from .model import ARCHITECTURES, Config, build, check_shapes
 
@@ -42,7 +40,6 @@ ROPE_KEYS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 LONGEST_CONTEXT = 1 << 22  # a table of angles has a row for each position: more are a typing error
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -52,30 +49,7 @@ NEEDLESS = {
 }
 
 
-# ------------------------------------------------------------------ JSON from elsewhere
-
-
-def read_object(path):
-    """The dict in a JSON file. ValueError: not JSON, something else than an object, a key that occurs twice in one."""
-    try:
-        return _object(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a readable JSON object: {error}") from None
-
-
-def _object(text):
-    def unique(pairs):
-        found = {}
-        for key, value in pairs:
-            if key in found:
-                raise ValueError(f"the key {key!r} occurs twice")
-            found[key] = value
-        return found
-
-    found = json.loads(text, object_pairs_hook=unique)
-    if not isinstance(found, dict):
-        raise ValueError("it is something else")
-    return found
+# ------------------------------------------------------------------ the values of a config.json
 
 
 def _is_whole(value):
@@ -270,39 +244,6 @@ def read_config(folder):
 
 
 # ------------------------------------------------------------------ *.safetensors -> weights
-
-
-class Stored(NamedTuple):
-    """A tensor in a safetensors file: its dtype there ("BF16"), its shape, and where its bytes begin."""
-
-    path: Path
-    dtype: str
-    shape: tuple
-    offset: int
-
-    def map(self):
-        """The tensor as a read-only array whose memory is the file's, mapped as long as the array lives."""
-        return np.memmap(self.path, DTYPES[self.dtype], "r", self.offset, self.shape)
-
-
-def read_header(path):
-    """{name: Stored} of a safetensors file, from its header alone. ValueError where that is not right."""
-    try:
-        with safe_open(path, framework="numpy"):
-            pass  # it is not too long, and its shapes and offsets and the file's size agree
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = _object(file.read(size))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}; fetch or save it again") from None
-    header.pop("__metadata__", None)
-    for name in header:
-        if not re.fullmatch(r"[\w.-]+", name):  # it will stand in messages
-            raise ValueError(f"{path}: {name!r} is no name of a tensor")
-    return {
-        name: Stored(path, tensor["dtype"], tuple(tensor["shape"]), 8 + size + tensor["data_offsets"][0])
-        for name, tensor in header.items()
-    }
 
 
 def stored_tensors(folder):

@@ -1,5 +1,5 @@
 """
-A Jinja environment for somebody else's chat template: it can reach nothing but its arguments, and can not take for ever.
+A Jinja environment for somebody else's chat template: it can reach its arguments alone, and can not take for ever.
 
     environment = Sandbox()
     tree = metered(environment.parse(source))
@@ -7,9 +7,9 @@ A Jinja environment for somebody else's chat template: it can reach nothing but 
         text = environment.from_string(tree).render(messages=messages, **variables)
 
 Jinja's sandbox keeps a program from attributes and files, but not from "x" * 10**9 or a loop in a loop in a loop. Here
-every step has a price in units of about one character or 20 ns, and is paid *before* it is done: turns of a loop, calls,
-texts that grow, values that are compared, printed or searched. Who has no units left is stopped, at the same step on
-every machine. The allowance grows with the template and with what it is given, so that a long conversation is no fault.
+every step has a price in units of about one character or 20 ns, and is paid *before* it is done: turns of a loop,
+calls, texts that grow, values that are compared, printed or searched. Who has no units left is stopped, at the same
+step on every machine. The allowance grows with the template and with what it is given: a long conversation is no fault.
 
 Filters that nobody needs for a chat, and whose work is hard to foretell, are left out (LEFT_OUT).
 """
@@ -215,7 +215,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise TooMuch
         return super().call_binop(context, operator, left, right)
 
-    def call(__self, __context, __obj, *args, **kwargs):  # noqa: N805 (as Jinja has it: a template may name arguments)
+    def call(__self, __context, __obj, *args, **kwargs):
         pay(STEP)
         if isinstance(__obj, type):
             pay(8 * sum(map(_count, args)))

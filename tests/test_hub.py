@@ -683,7 +683,7 @@ SPOILERS = {
     ),
     "config is no JSON": (spoil_text("config.json", b"{"), "config.json is not a readable JSON object"),
     "config is a list": (spoil_text("config.json", b"[]"), "config.json is not a readable JSON object"),
-    "config is not UTF-8": (spoil_text("config.json", b'{"a": "\xff"}'), "config.json is not a readable JSON object"),
+    "config is not UTF-8": (spoil_text("config.json", b'{"a": "\xff"}'), "config.json is not UTF-8 text: byte 0xFF at"),
     "config is deep": (spoil_text("config.json", b'{"a":' * 90_000), "config.json is not a readable JSON object"),
     "a key twice": (spoil_text("config.json", b'{"a": 1, "a": 2}'), "the key 'a' occurs twice"),
     "another's tokenizer": (

@@ -11,13 +11,12 @@ soon as there are more than the user allows.
 import codecs
 import gzip
 import io
-import json
-import math
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 from ..extras import extra
+from ..files import json_type, parse_json
 
 MAX_LINE = 32 << 20  # bytes; a longer line is a damaged file or a hostile one
 TEXT_PIECE = 1 << 16  # characters of a .txt file that become one document, up to the next blank line
@@ -165,7 +164,7 @@ def _texts(path, key, bad, on_bytes, max_line):
             if key not in row:
                 bad.add(where, f"no field {key!r}, only {', '.join(map(repr, row)) or 'nothing'}")
             elif not isinstance(row[key], str):
-                bad.add(where, f"field {key!r} is {_json_type(row[key])}, not a string")
+                bad.add(where, f"field {key!r} is {json_type(row[key])}, not a string")
             else:
                 yield where, row[key]
 
@@ -188,63 +187,10 @@ def read_rows(path, *, bad=None, on_bytes=lambda count: None, max_line=MAX_LINE)
 
 def parse_row(line):
     """The object that one line of JSON spells; ValueError with the reason, in columns of the line, where it is none."""
-    try:
-        row = _DECODER.decode(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg.lower().removesuffix(' at')} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("not usable JSON: it is nested too deeply") from None
+    row = parse_json(line)
     if not isinstance(row, dict):
-        raise ValueError(f'{_json_type(row)}, where an object like {{"text": ...}} is needed')
-    if "\\ud" in line or "\\uD" in line:  # a lone surrogate can only come from an escape: the line was valid UTF-8
-        _refuse_surrogates(row)
+        raise ValueError(f'{json_type(row)}, where an object like {{"text": ...}} is needed')
     return row
-
-
-def _unique(pairs):
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
-    return row
-
-
-def _refuse_constant(name):
-    raise ValueError(f"{name} is not JSON")
-
-
-def _whole(digits):
-    if len(digits) > 400:  # beyond float64, and Python takes time that grows with the square
-        raise ValueError(f"a whole number of {len(digits):,} digits is too large")
-    return int(digits)
-
-
-def _finite(digits):
-    if not math.isfinite(number := float(digits)):
-        raise ValueError(f"the number {digits[:20]} is too large")
-    return number
-
-
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole
-)
-
-
-def _refuse_surrogates(value):
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            code = ord(value[error.start])
-            raise ValueError(f"lone surrogate U+{code:04X} at character {error.start} of a string") from None
-    elif isinstance(value, dict | list):
-        for part in [*value, *value.values()] if isinstance(value, dict) else value:
-            _refuse_surrogates(part)
-
-
-def _json_type(value):
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 def _pieces(path, bad, on_bytes, max_line):
@@ -285,7 +231,7 @@ def _table(path, kind, key, bad, on_bytes):
                 if isinstance(text, str):
                     yield f"{path}:{row}", text
                 else:
-                    bad.add(f"{path}:{row}", f"column {key!r} is {_json_type(text)}, not a string")
+                    bad.add(f"{path}:{row}", f"column {key!r} is {json_type(text)}, not a string")
             done = int(size * row / rows) if rows else told
             on_bytes(done - told)
             told = done
