@@ -19,6 +19,8 @@ from ..extras import extra
 from ..files import json_type, parse_json
 
 MAX_LINE = 32 << 20  # bytes; a longer line is a damaged file or a hostile one
+TABLE_PIECE = 64 << 20  # bytes of a Parquet column that are decoded together, as far as the file is honest
+BOMB = 128 << 20, 100  # a column of so many bytes that is so many times smaller in the file is no text
 TEXT_PIECE = 1 << 16  # characters of a .txt file that become one document, up to the next blank line
 COMPRESSED = (".zst", ".gz")
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
@@ -156,7 +158,7 @@ def _texts(path, key, bad, on_bytes, max_line):
     """(where, text) of each document in one file."""
     kind, _ = _kind(path)
     if kind in (".parquet", ".arrow"):
-        yield from _table(path, kind, key, bad, on_bytes)
+        yield from _table(path, kind, key, bad, on_bytes, max_line)
     elif kind == ".txt":
         yield from _pieces(path, bad, on_bytes, max_line)
     else:
@@ -208,7 +210,7 @@ def _pieces(path, bad, on_bytes, max_line):
         yield f"{path}:{first}", "".join(lines)
 
 
-def _table(path, kind, key, bad, on_bytes):
+def _table(path, kind, key, bad, on_bytes, max_line):
     """The texts of one column of a Parquet or Arrow file, a batch of rows at a time."""
     pyarrow, size, told = extra("pyarrow", "data"), path.stat().st_size, 0
     try:
@@ -221,14 +223,18 @@ def _table(path, kind, key, bad, on_bytes):
         if key not in schema.names:
             raise ValueError(f"{path}: no column {key!r}, only {', '.join(map(repr, schema.names)) or 'nothing'}")
         if kind == ".parquet":
-            batches = table.iter_batches(batch_size=256, columns=[key], use_threads=False)
+            batches = table.iter_batches(_rows_at_once(path, table.metadata, key), columns=[key], use_threads=False)
         else:
             batches = iter(table)
         row = 0
         for batch in batches:
             for text in batch.column(batch.schema.get_field_index(key)).to_pylist():
                 row += 1
-                if isinstance(text, str):
+                if isinstance(text, str) and len(text) > max_line:
+                    bad.add(
+                        f"{path}:{row}", f"a text of {len(text):,} characters, and the longest allowed is {max_line:,}"
+                    )
+                elif isinstance(text, str):
                     yield f"{path}:{row}", text
                 else:
                     bad.add(f"{path}:{row}", f"column {key!r} is {json_type(text)}, not a string")
@@ -238,6 +244,21 @@ def _table(path, kind, key, bad, on_bytes):
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: damaged, or not {kind[1:]}: {str(error).splitlines()[0]}") from None
     on_bytes(size - told)
+
+
+def _rows_at_once(path, metadata, key):
+    """How many rows of a Parquet file to decode together. Few bytes can stand for many in it: rows may share one long
+    text, and compression adds to that. ValueError: a column that is a decompression bomb."""
+    largest = 1
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            size, stored = column.total_uncompressed_size, column.total_compressed_size
+            if column.path_in_schema == key:
+                largest = max(largest, size)
+                if size > BOMB[0] and size > BOMB[1] * stored:
+                    told = f"column {key!r} has {stored:,} bytes that become {size:,}"
+                    raise ValueError(f"{path}: {told}: no text is like that")
+    return max(1, min(256, TABLE_PIECE // largest))
 
 
 def _open_arrow(pyarrow, path):
