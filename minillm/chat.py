@@ -27,7 +27,7 @@ import numpy as np
 from jinja2 import nodes
 from jinja2.ext import Extension
 
-from minillm.files import json_type, read_object, read_text
+from minillm.files import check_keys, json_type, read_object, read_text
 from minillm.sandbox import Sandbox, allowance, metered
 from minillm.tokenizer import SMALLEST_VOCABULARY, Tokenizer, require_unicode
 
@@ -72,7 +72,7 @@ def bytes_tokenizer():
 def segments(messages, template, tokenizer, add_generation_prompt=False, **variables):
     """The segments of a conversation, in a list; joined, their texts are the rendered text. Arguments as `render`."""
     check_messages(messages)
-    if template not in TEMPLATES:
+    if not isinstance(template, str) or template not in TEMPLATES:
         return jinja_segments(messages, jinja_source(template), tokenizer, add_generation_prompt, variables)
     if variables:
         raise ValueError(f"template {template!r} has no variables, and got {', '.join(variables)}")
@@ -326,6 +326,8 @@ def question_answer_pairs(template, turns, prompt):
 
 def jinja_source(template):
     """The Jinja source of a template: of one of TEMPLATES, its equivalent; a source is its own. ValueError: neither."""
+    if not isinstance(template, str):
+        raise ValueError(f"a template is a name or a text, and this is {json_type(template)}")
     if template not in JINJA and "{{" not in template and "{%" not in template:
         raise ValueError(f"no template {template!r}: {', '.join(TEMPLATES)}, or the source of a Jinja template")
     return JINJA.get(template, template)
@@ -349,6 +351,22 @@ def load_template(path):
     if not isinstance(source, str):
         raise ValueError(f"{config}: chat_template has to be a text, and is {json_type(source)}")
     return source
+
+
+def noted_template(folder):
+    """The template that a trainer noted in a model folder's minillm.json, None where there is none. ValueError: an
+    unknown key, or something else than a template."""
+    path = Path(folder) / "minillm.json"
+    noted = read_object(path) if path.exists() else {}
+    check_keys(noted, ("template",), path)
+    template = noted.get("template")
+    if template is None:
+        return None
+    try:
+        jinja_source(template)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return template
 
 
 def jinja_segments(messages, source, tokenizer, add_generation_prompt, variables):

@@ -4,6 +4,7 @@ Files from elsewhere: strict JSON, and the headers of *.safetensors. Nothing is 
 What a file claims is checked before memory is taken for it, and what is wrong with it is one ValueError of one line.
 """
 
+import difflib
 import json
 import math
 import os
@@ -117,6 +118,15 @@ def read_object(path):
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a readable JSON object: it is {json_type(found)}")
     return found
+
+
+def check_keys(values, known, where):
+    """ValueError where a dict of our own making has a key that is none of `known`: a slip of the pen, most likely."""
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; perhaps you meant {near[0]}" if near else f"; known are {', '.join(known)}"
+            raise ValueError(f"{where}: no key {key!r:.60}{hint}")
 
 
 # ------------------------------------------------------------------ *.safetensors

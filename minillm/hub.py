@@ -75,7 +75,7 @@ def _is_object(value):
 KINDS = {
     _is_whole: "a whole number",
     _is_size: "a positive whole number",
-    _is_positive: "a positive number",
+    _is_positive: "a positive number of at most 1e38",
     _is_flag: "true or false",
     _is_object: "an object",
 }
@@ -93,7 +93,7 @@ class Keys:
         if value is None:
             return default
         if not kind(value):
-            self.refuse(key, f"has to be {KINDS[kind]}")
+            self.refuse(key, f"and has to be {KINDS[kind]}")
         return value
 
     def need(self, key, kind):
@@ -130,7 +130,7 @@ def config_of(values, where="config.json"):
     try:
         return Config(**found, head=head)
     except ValueError as error:  # values that do not go together
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{where}: {str(error).replace('Config.', '')}") from None
 
 
 def _architecture(keys):

@@ -30,11 +30,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..files import read_object
+from ..files import check_keys, json_type, read_object
 from .pack import LARGEST, Batch, fill, join, plan, whole
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 MANIFEST, FORMAT = "manifest.json", 1
+MANIFEST_KEYS = ("format", "minillm", "settings", "sources", "bad_lines", "near_duplicates", "evaluation", "tokenizer",
+                 "weights", "tokens")  # fmt: skip
 
 # ------------------------------------------------------------------ token files
 
@@ -282,6 +284,9 @@ def _pieces(folder):
     found = manifest.get("format")
     if found != FORMAT:
         raise ValueError(f"{path}: format is {found!r}, and this version reads {FORMAT}")
+    check_keys(manifest, MANIFEST_KEYS, path)
+    if not isinstance(manifest.get("weights"), dict | None):
+        raise ValueError(f"{path}: weights has to be {{source: number}}, and is {json_type(manifest['weights'])}")
     pieces = manifest.get("tokens")
     if not isinstance(pieces, dict) or not all(isinstance(sources, dict) for sources in pieces.values()):
         raise ValueError(f"{path}: tokens has to be {{split: {{source: piece}}}}")

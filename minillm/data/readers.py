@@ -178,6 +178,8 @@ def read_rows(path, *, bad=None, on_bytes=lambda count: None, max_line=MAX_LINE)
     UTF-8 are bad lines.
     """
     bad = Bad() if bad is None else bad
+    if _kind(Path(path))[0] not in (".jsonl", ".txt"):
+        raise ValueError(f"{path}: is a table, and JSON lines are needed, one object a line")
     for number, line in _lines(Path(path), bad, on_bytes, max_line):
         if line := line.strip(" \t\r\n"):
             where = f"{path}:{number}"
