@@ -92,7 +92,7 @@ def read_text(path, most=LARGEST_OBJECT):
     a folder for example, is larger than `most` bytes, or not UTF-8."""
     try:
         with open(path, "rb") as file:
-            data = file.read(most + 1)
+            data = file.read(min(most, max(os.fstat(file.fileno()).st_size, 1 << 16)) + 1)  # which is taken at once
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -120,13 +120,15 @@ def read_object(path):
     return found
 
 
-def check_keys(values, known, where):
-    """ValueError where a dict of our own making has a key that is none of `known`: a slip of the pen, most likely."""
+def check_keys(values, known, where, foreign=False):
+    """ValueError where a dict of our own making has a key that is none of `known`. With `foreign`, others may have
+    added keys of their own, and only one that looks like a slip of the pen is refused."""
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"; perhaps you meant {near[0]}" if near else f"; known are {', '.join(known)}"
-            raise ValueError(f"{where}: no key {key!r:.60}{hint}")
+            near = difflib.get_close_matches(key, known, 1, 0.8 if foreign else 0.6)
+            if near or not foreign:
+                hint = f"perhaps you meant {near[0]}" if near else f"known are {', '.join(known)}"
+                raise ValueError(f"{where}: no key {key!r:.60}; {hint}")
 
 
 # ------------------------------------------------------------------ *.safetensors

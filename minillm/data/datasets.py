@@ -284,7 +284,7 @@ def _pieces(folder):
     found = manifest.get("format")
     if found != FORMAT:
         raise ValueError(f"{path}: format is {found!r}, and this version reads {FORMAT}")
-    check_keys(manifest, MANIFEST_KEYS, path)
+    check_keys(manifest, MANIFEST_KEYS, path, foreign=True)
     if not isinstance(manifest.get("weights"), dict | None):
         raise ValueError(f"{path}: weights has to be {{source: number}}, and is {json_type(manifest['weights'])}")
     pieces = manifest.get("tokens")
