@@ -190,7 +190,7 @@ def _rope(keys):
         raise ValueError(f"{keys.where}: rope_parameters is of type {kind!r}, and rope_scaling of type {other!r}")
     scaling = {"rope_type": kind} | {name: given.need(name, _is_positive) for name in ROPE_KEYS[kind]}
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        given.refuse("high_freq_factor", "has to be above low_freq_factor")
+        given.refuse("high_freq_factor", "and has to be above low_freq_factor")
     theta = given.get("rope_theta", _is_positive, keys.get("rope_theta", _is_positive, 10000.0))
     return theta, None if kind == "default" else scaling
 
