@@ -15,7 +15,6 @@ A checkpoint's own Jinja template works on plain strings and knows no segments. 
 at `jinja_segments`.
 """
 
-import json
 import re
 from datetime import datetime
 from functools import lru_cache
@@ -27,10 +26,12 @@ import jinja2
 import numpy as np
 from jinja2 import nodes
 from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from minillm.files import check_keys, json_type, read_object, read_text
+from minillm.sandbox import Sandbox, allowance, metered
 from minillm.tokenizer import SMALLEST_VOCABULARY, Tokenizer, require_unicode
 
+LONGEST_FILE = 1 << 20  # bytes of a template's file
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -71,7 +72,7 @@ def bytes_tokenizer():
 def segments(messages, template, tokenizer, add_generation_prompt=False, **variables):
     """The segments of a conversation, in a list; joined, their texts are the rendered text. Arguments as `render`."""
     check_messages(messages)
-    if template not in TEMPLATES:
+    if not isinstance(template, str) or template not in TEMPLATES:
         return jinja_segments(messages, jinja_source(template), tokenizer, add_generation_prompt, variables)
     if variables:
         raise ValueError(f"template {template!r} has no variables, and got {', '.join(variables)}")
@@ -325,6 +326,8 @@ def question_answer_pairs(template, turns, prompt):
 
 def jinja_source(template):
     """The Jinja source of a template: of one of TEMPLATES, its equivalent; a source is its own. ValueError: neither."""
+    if not isinstance(template, str):
+        raise ValueError(f"a template is a name or a text, and this is {json_type(template)}")
     if template not in JINJA and "{{" not in template and "{%" not in template:
         raise ValueError(f"no template {template!r}: {', '.join(TEMPLATES)}, or the source of a Jinja template")
     return JINJA.get(template, template)
@@ -335,16 +338,35 @@ def load_template(path):
     ones have it, the key "chat_template" in tokenizer_config.json. ValueError: a folder with neither."""
     path = Path(path)
     if not path.is_dir():
-        return path.read_text(encoding="utf-8")
+        return read_text(path, LONGEST_FILE)
     if (path / "chat_template.jinja").exists():
-        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_text(path / "chat_template.jinja", LONGEST_FILE)
     config = path / "tokenizer_config.json"
-    source = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.exists() else None
+    source = read_object(config).get("chat_template") if config.exists() else None
     if isinstance(source, list):  # several, each with a name
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        entries = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
+        source = entries[0].get("template") if entries else None
     if source is None:
         raise ValueError(f"{path} has no chat template")
+    if not isinstance(source, str):
+        raise ValueError(f"{config}: chat_template has to be a text, and is {json_type(source)}")
     return source
+
+
+def noted_template(folder):
+    """The template that a trainer noted in a model folder's minillm.json, None where there is none. ValueError: an
+    unknown key, or something else than a template."""
+    path = Path(folder) / "minillm.json"
+    noted = read_object(path) if path.exists() else {}
+    check_keys(noted, ("template",), path)
+    template = noted.get("template")
+    if template is None:
+        return None
+    try:
+        jinja_source(template)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return template
 
 
 def jinja_segments(messages, source, tokenizer, add_generation_prompt, variables):
@@ -374,13 +396,20 @@ def jinja_segments(messages, source, tokenizer, add_generation_prompt, variables
         roles = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "pad_token": tokenizer.pad}
         context = {role: mark_of.get(name, name) for role, name in roles.items() if name is not None}
         context |= {"tools": None, "documents": None, "strftime_now": now.strftime} | variables
-        try:
-            template = compile_template(source, tuple(mark_of.items()), start, end)
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **context)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"the chat template, line {error.lineno}: {error.message}") from error
-        except Exception as error:  # somebody else's program: it may fail in any way, or refuse the messages
-            raise ValueError(f"the chat template fails: {error}") from error
+        with allowance(source, [messages, variables]) as limits:
+            try:
+                template = compile_template(source, tuple(mark_of.items()), start, end)
+                text = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **context)
+            except jinja2.TemplateSyntaxError as error:
+                raise ValueError(f"the chat template, line {error.lineno}: {_one_line(error.message)}") from None
+            except RecursionError:
+                raise ValueError("the chat template fails: it is nested, or calls itself, too deeply") from None
+            except Exception as error:  # somebody else's program: it may fail in any way, or refuse the messages
+                raise ValueError(f"the chat template fails: {_one_line(error) or type(error).__name__}") from None
+            if len(text) > limits["text"]:
+                told = f"it writes {len(text):,} characters, and for this conversation {limits['text']:,} are the most"
+                raise ValueError(f"the chat template fails: {told}")
+            return text
 
     plain = run(messages, variables, {}, "", "")
     marked = run(messages, variables, mark_of, start, end)
@@ -465,6 +494,12 @@ def names_pattern(names):
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
 
+def _one_line(error):
+    """What somebody else's program says, in one line that is not too long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:299] + "…"
+
+
 class GenerationTag(Extension):
     """{% generation %} ... {% endgeneration %}: what is trained, with the environment's two marks around it."""
 
@@ -484,21 +519,14 @@ def raise_exception(message):
 
 @lru_cache(maxsize=64)
 def compile_template(source, marks, start, end):
-    """A Jinja template as Hugging Face's transformers sets it up, with the names in its constants replaced by marks.
-
-    The sandbox keeps a template, which is somebody else's program, from everything but its arguments, and these from
-    change. It does not bound how long a template runs.
-    """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
-    )
+    """A Jinja template that pays for what it does (sandbox.py), with the names in its constants replaced by marks."""
+    environment = Sandbox([GenerationTag])
     environment.generation_marks = start, end
     environment.globals["raise_exception"] = raise_exception
-    # Jinja's own tojson escapes for HTML.
-    environment.filters["tojson"] = lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: (
-        json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    )
     tree = environment.parse(source)
+    if other := tree.find((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
+        told = "it takes another file, and a chat template is one file"
+        raise jinja2.TemplateSyntaxError(told, other.lineno)
     if marks:
         mark_of, pattern = dict(marks), names_pattern(tuple(name for name, _ in marks))
         replace = lambda text: pattern.sub(lambda m: mark_of[m[0]], text)
@@ -507,4 +535,4 @@ def compile_template(source, marks, start, end):
         for node in tree.find_all(nodes.Const):
             if isinstance(node.value, str):
                 node.value = replace(node.value)
-    return environment.from_string(tree)
+    return environment.from_string(metered(tree))

@@ -18,14 +18,12 @@ import math
 import re
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .chat import TEMPLATES, jinja_source, stop_ids
+from .files import DTYPES, read_header, read_object
 from .kernels.device import to_host
 from .model import ARCHITECTURES, Config, build, check_shapes
 
@@ -42,7 +40,6 @@ ROPE_KEYS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 LONGEST_CONTEXT = 1 << 22  # a table of angles has a row for each position: more are a typing error
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -52,30 +49,7 @@ NEEDLESS = {
 }
 
 
-# ------------------------------------------------------------------ JSON from elsewhere
-
-
-def read_object(path):
-    """The dict in a JSON file. ValueError: not JSON, something else than an object, a key that occurs twice in one."""
-    try:
-        return _object(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a readable JSON object: {error}") from None
-
-
-def _object(text):
-    def unique(pairs):
-        found = {}
-        for key, value in pairs:
-            if key in found:
-                raise ValueError(f"the key {key!r} occurs twice")
-            found[key] = value
-        return found
-
-    found = json.loads(text, object_pairs_hook=unique)
-    if not isinstance(found, dict):
-        raise ValueError("it is something else")
-    return found
+# ------------------------------------------------------------------ the values of a config.json
 
 
 def _is_whole(value):
@@ -101,7 +75,7 @@ def _is_object(value):
 KINDS = {
     _is_whole: "a whole number",
     _is_size: "a positive whole number",
-    _is_positive: "a positive number",
+    _is_positive: "a positive number of at most 1e38",
     _is_flag: "true or false",
     _is_object: "an object",
 }
@@ -119,7 +93,7 @@ class Keys:
         if value is None:
             return default
         if not kind(value):
-            self.refuse(key, f"has to be {KINDS[kind]}")
+            self.refuse(key, f"and has to be {KINDS[kind]}")
         return value
 
     def need(self, key, kind):
@@ -156,7 +130,7 @@ def config_of(values, where="config.json"):
     try:
         return Config(**found, head=head)
     except ValueError as error:  # values that do not go together
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{where}: {str(error).replace('Config.', '')}") from None
 
 
 def _architecture(keys):
@@ -216,7 +190,7 @@ def _rope(keys):
         raise ValueError(f"{keys.where}: rope_parameters is of type {kind!r}, and rope_scaling of type {other!r}")
     scaling = {"rope_type": kind} | {name: given.need(name, _is_positive) for name in ROPE_KEYS[kind]}
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        given.refuse("high_freq_factor", "has to be above low_freq_factor")
+        given.refuse("high_freq_factor", "and has to be above low_freq_factor")
     theta = given.get("rope_theta", _is_positive, keys.get("rope_theta", _is_positive, 10000.0))
     return theta, None if kind == "default" else scaling
 
@@ -270,39 +244,6 @@ def read_config(folder):
 
 
 # ------------------------------------------------------------------ *.safetensors -> weights
-
-
-class Stored(NamedTuple):
-    """A tensor in a safetensors file: its dtype there ("BF16"), its shape, and where its bytes begin."""
-
-    path: Path
-    dtype: str
-    shape: tuple
-    offset: int
-
-    def map(self):
-        """The tensor as a read-only array whose memory is the file's, mapped as long as the array lives."""
-        return np.memmap(self.path, DTYPES[self.dtype], "r", self.offset, self.shape)
-
-
-def read_header(path):
-    """{name: Stored} of a safetensors file, from its header alone. ValueError where that is not right."""
-    try:
-        with safe_open(path, framework="numpy"):
-            pass  # it is not too long, and its shapes and offsets and the file's size agree
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = _object(file.read(size))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}; fetch or save it again") from None
-    header.pop("__metadata__", None)
-    for name in header:
-        if not re.fullmatch(r"[\w.-]+", name):  # it will stand in messages
-            raise ValueError(f"{path}: {name!r} is no name of a tensor")
-    return {
-        name: Stored(path, tensor["dtype"], tuple(tensor["shape"]), 8 + size + tensor["data_offsets"][0])
-        for name, tensor in header.items()
-    }
 
 
 def stored_tensors(folder):

@@ -29,7 +29,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from .autograd import Tensor, op
-from .hub import DTYPES, read_header, read_object
+from .files import DTYPES, read_header, read_object
 from .kernels.device import to_host, xp_of
 from .model import build
 

@@ -39,6 +39,7 @@ from .data.conversations import (
 from .data.prepare import Prepare, prepare, table
 from .data.readers import Bad
 from .extras import extra
+from .files import read_object
 from .report import (
     Details,
     Facts,
@@ -159,7 +160,7 @@ class PipelineConfig:
     """the random numbers of everything"""
     resume: bool = True
     """go on in the middle of a stage, behind its newest checkpoint; False: begin that stage again"""
-    from_: Literal["data", "tokenizer", "pretrain", "sft", "reward", "ppo", "dpo", "report"] = None
+    from_: Literal["data", "tokenizer", "pretrain", "sft", "reward", "ppo", "dpo", "report"] | None = None
     """repeat this stage and all that follow, done or not"""
 
     pretrain_data: tuple[str, ...] = ()
@@ -455,6 +456,10 @@ def run(config):
     ValueError: OUT is somebody else's, or was made with other settings.
     """
     extra("matplotlib.figure", "plot")  # the report needs it: said now, and not after an hour
+    for name in ("sft_data", "preference_data", "prompts"):
+        for path in getattr(config, name):
+            if not path.is_file():
+                raise ValueError(f"{path}: no such file")
     with locked(config.out):
         return _stages(config)
 
@@ -493,7 +498,9 @@ def open_notes(config):
             raise ValueError(f"{config.out} is not empty, and was not made by the pipeline: take another --out")
         notes = {"settings": settings, "stages": {}}
     else:
-        notes = json.loads(path.read_text(encoding="utf-8"))
+        notes = read_object(path)
+        if not all(isinstance(notes.get(key), dict) for key in ("settings", "stages")):
+            raise ValueError(f"{path} is not the pipeline's: it needs settings and stages")
         changed = [name for name, value in settings.items() if notes["settings"].get(name) != value]
         if changed and config.from_ != "data":
             was = ", ".join(f"--{name.replace('_', '-')} {notes['settings'].get(name)}" for name in changed)

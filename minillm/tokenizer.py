@@ -20,6 +20,8 @@ import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from minillm.files import read_object, read_text
+
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 # Every mark that the templates of minillm.chat write, so that a tokenizer trained with the defaults speaks them all.
 CHATML = ("<|im_start|>", "<|im_end|>")
@@ -172,16 +174,18 @@ class Tokenizer:
         """
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         try:
             backend = Backend.from_str(text)
         except Exception as error:  # the library raises plain Exceptions
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
-        config = {}
-        if config_of(path).exists():
-            config = json.loads(config_of(path).read_text(encoding="utf-8"))
-        names = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
-        names = {role: name["content"] if isinstance(name, dict) else name for role, name in names.items()}
+        config = read_object(config_of(path)) if config_of(path).exists() else {}
+        names = {}
+        for role in ("bos", "eos", "pad"):
+            name = config.get(f"{role}_token")
+            names[role] = name.get("content") if isinstance(name, dict) else name
+            if not isinstance(name, str | dict | None) or not isinstance(names[role], str | None):
+                raise ValueError(f"{config_of(path)}: {role}_token has to be the name of a token, and is {name!r:.60}")
         if names["pad"] == names["eos"]:
             names["pad"] = None
         return cls(backend, **(names | roles))

@@ -26,7 +26,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
-from minillm.chat import TEMPLATES, Segment, begin, encode_segments, render, stop_ids
+from minillm.chat import TEMPLATES, Segment, begin, encode_segments, noted_template, render, stop_ids
 from minillm.generate import generate
 from minillm.hub import stop_tokens
 from minillm.trainers.common import load_tokenizer, load_with_head, template_of
@@ -243,9 +243,7 @@ class Chat:
 def never_taught(folder, template):
     """Whether nothing in the folder says that its model was taught to chat: template_of, which gave `template`, has
     fallen back on chatml. A trainer that teaches chatml writes it down."""
-    note = Path(folder) / "minillm.json"
-    noted = note.exists() and json.loads(note.read_text(encoding="utf-8")).get("template")
-    return template == "chatml" and not noted
+    return template == "chatml" and not noted_template(folder)
 
 
 def spelled(token, tokenizer):

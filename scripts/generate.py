@@ -8,6 +8,9 @@ with --samples N there are N, computed as one batch.
 """
 
 import argparse
+import difflib
+import math
+import re
 import sys
 import time
 import warnings
@@ -16,12 +19,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
 from minillm.generate import generate
-from minillm.hub import load_pretrained, stop_tokens
-from minillm.tokenizer import Tokenizer
+from minillm.hub import stop_tokens
+from minillm.trainers.common import load_tokenizer, load_with_head
+from scripts import command_line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, where argparse would print its usage first."""
+        unknown = re.match("unrecognized arguments: (--[^ =]+)", message)
+        near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+        command_line.fail(message + (f"; perhaps you meant {near[0]}" if near else ""))
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description="Let a model continue a text.")
+    parser = Parser(prog="generate.py", description="Let a model continue a text.", allow_abbrev=False)
     parser.add_argument("model", metavar="FOLDER", help="a model folder: config.json, *.safetensors, tokenizer.json")
     parser.add_argument("prompt", nargs="?", default="", help="the text to continue (nothing)")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="(200)")
@@ -35,13 +47,24 @@ def parse(arguments):
     parser.add_argument("--no-cache", action="store_true", help="compute every token from all before it, to compare")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     options = parser.parse_args(arguments)
-    if options.samples < 1:
-        parser.error(f"--samples must be at least 1, and is {options.samples}")
+    for name, fits, must in (
+        ("samples", lambda x: x >= 1, "at least 1"),
+        ("max_new_tokens", lambda x: x >= 1, "at least 1"),
+        ("seed", lambda x: x >= 0, "at least 0"),
+        ("temperature", lambda x: 0 <= x < math.inf, "at least 0"),
+        ("top_k", lambda x: x >= 1, "at least 1"),
+        ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+        ("min_p", lambda x: 0 <= x <= 1, "from 0 to 1"),
+        ("repetition_penalty", lambda x: 0 < x < math.inf, "above 0"),
+    ):
+        value = getattr(options, name)
+        if value is not None and not fits(value):
+            parser.error(f"--{name.replace('_', '-')} has to be {must}, and is {value}")
     return options
 
 
 def run(options):
-    model, tokenizer = load_pretrained(options.model), Tokenizer.load(options.model)
+    tokenizer, model = load_tokenizer(options.model), load_with_head(options.model, "lm")
     prompt = tokenizer.encode(options.prompt).tolist()
     if tokenizer.bos_id is not None:
         prompt = [tokenizer.bos_id, *prompt]
@@ -85,13 +108,7 @@ def run(options):
 def main():
     options = parse(None)
     warnings.showwarning = lambda message, *_: print(f"generate.py: {message}", file=sys.stderr)
-    try:
-        run(options)
-    except (OSError, ValueError) as error:
-        sys.exit(f"generate.py: {error}")
-    except KeyboardInterrupt:
-        print()
-        sys.exit(130)
+    command_line.run(run, options)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ AREAS = {
     "minillm/pipeline.py": ["tests/test_pipeline.py"],
     "minillm/data/pack.py": ["tests/test_pack.py"],
     "minillm/data/datasets.py": ["tests/test_datasets.py"],
+    "minillm/files.py": ["tests/test_readers.py", "tests/test_untrusted.py"],
     "minillm/data/readers.py": ["tests/test_readers.py"],
     "minillm/data/clean.py": ["tests/test_clean.py"],
     "minillm/data/filters.py": ["tests/test_filters.py"],
@@ -497,13 +498,16 @@ FAULTS = {
             "mixture: a batch's rows are not put back in order",
         ),
     ],
+    "minillm/files.py": [
+        ("object_pairs_hook=_unique, ", "", "bad: a key that occurs twice passes"),
+        ("if size > min(LARGEST_HEADER, there - 8):", "if False:", "hostile: a header of any length is read"),
+    ],
     "minillm/data/readers.py": [
         (
             "yield number, line.decode()",
             "yield from ((number, part) for part in line.decode().splitlines(keepends=True))",
             "text: U+2028 ends a line",
         ),
-        ("object_pairs_hook=_unique, ", "", "bad: a key that occurs twice passes"),
         ("if self.count > self.limit:", "if self.count >= self.limit:", "more: one bad line fewer may be skipped"),
     ],
     "minillm/data/clean.py": [

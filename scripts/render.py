@@ -10,7 +10,6 @@ FILE holds conversations, {"messages": [{"role": ..., "content": ...}, ...]}: on
 """
 
 import argparse
-import json
 import os
 import sys
 from itertools import islice
@@ -19,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
 from minillm import chat
+from minillm.files import parse_json
 from minillm.tokenizer import Tokenizer
 
 # Neighbours get different shades, so that the borders between tokens show: (first, second) of not trained and trained.
@@ -38,10 +38,10 @@ def conversations(text, name):
     ValueError, beginning with name:line, where a line is no JSON. Lines end at \\n only: JSON strings may hold U+2028.
     """
     try:
-        whole = json.loads(text)
-    except json.JSONDecodeError as error:
+        whole = parse_json(text)
+    except ValueError as error:
         if name.endswith(".json"):
-            raise ValueError(f"{name}:{error.lineno}: not JSON: {error.msg}") from None
+            raise ValueError(f"{name}: {error}") from None
     else:
         whole = whole if isinstance(whole, list) else [whole]
         yield from ((f"{name}:{n}", row) for n, row in enumerate(whole, 1))
@@ -49,9 +49,9 @@ def conversations(text, name):
     for n, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield f"{name}:{n}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{name}:{n}: not JSON: {error.msg}") from None
+                yield f"{name}:{n}", parse_json(line)
+            except ValueError as error:
+                raise ValueError(f"{name}:{n}: {error}") from None
 
 
 def masked_view(ids, mask, tokenizer, color):

@@ -259,7 +259,7 @@ def test_no_manifest_at_all(tmp_path):
     ):
         open_splits(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=rf"^{tmp_path}/manifest\.json is no JSON: "):
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/manifest\.json is not a readable JSON object: "):
         open_splits(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": 1, "tokens": {"train": {}}}')
     with pytest.raises(ValueError, match=rf"^{tmp_path}/manifest\.json has no split 'test': train$"):

@@ -152,8 +152,8 @@ BAD_LINES = {
     "NaN": (b'{"text": "a", "score": NaN}', "NaN is not JSON"),
     "Infinity": (b'{"text": "a", "score": -Infinity}', "-Infinity is not JSON"),
     "a huge number": (b'{"text": "a", "score": 1e999}', "the number 1e999 is too large"),
-    "duplicate key": (b'{"text": "a", "text": "b"}', "key 'text' occurs twice"),
-    "nested duplicate": (b'{"text": "a", "meta": {"x": 1, "x": 2}}', "key 'x' occurs twice"),
+    "duplicate key": (b'{"text": "a", "text": "b"}', "the key 'text' occurs twice"),
+    "nested duplicate": (b'{"text": "a", "meta": {"x": 1, "x": 2}}', "the key 'x' occurs twice"),
     "lone surrogate": (b'{"text": "ab\\ud800"}', "lone surrogate U+D800 at character 2 of a string"),
     "lone surrogate elsewhere": (
         b'{"text": "a", "m": [{"\\uDC00": 1}]}',

@@ -347,17 +347,17 @@ def test_settings_are_read_with_the_nearest_name_for_a_wrong_one(world, tmp_path
     good = json.loads(path.read_text(encoding="utf-8"))
     assert dataclasses.replace(run.read_settings(pretrain.PretrainConfig, path), resume=True) == here
     for wrong, message in (
-        ({**good, "batchsize": 3}, "there is no setting 'batchsize'; perhaps batch_size was meant"),
+        ({**good, "batchsize": 3}, "no key 'batchsize'; perhaps you meant batch_size"),
         ({**good, "lr": "fast"}, "--lr has to be a finite number, and is fast"),
         ({**good, "lr": -1.0}, "--lr has to be above 0, and is -1.0"),
         ({k: v for k, v in good.items() if k != "data"}, "missing 1 required keyword-only argument: 'data'"),
-        ([1], "has to be a JSON object of settings"),
+        ([1], "is not a readable JSON object: it is a list"),
     ):
         path.write_text(json.dumps(wrong), encoding="utf-8")
-        with pytest.raises(ValueError, match=f"settings.json:? {message}"):
+        with pytest.raises(ValueError, match=rf"settings\.json:? {message}"):
             pretrain.train(here)
     path.write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"settings\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"settings\.json is not a readable JSON object"):
         pretrain.train(here)
 
 

@@ -39,10 +39,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ..autograd import Tensor, log_sigmoid
+from ..files import DTYPES, open_safetensors, parse_json
 from ..functional import embedding
 from ..optim import AdamW, linear_schedule
 from .dedup import INVISIBLE, NO_SPACES
@@ -321,19 +321,15 @@ class Classifier:
     @classmethod
     def load(cls, path):
         """What `save` wrote. ValueError names the file and what is wrong with it."""
+        stored, metadata = open_safetensors(path)
         try:
-            with safe_open(path, framework="numpy") as stored:
-                arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-                record = json.loads((stored.metadata() or {})["classifier"])
+            record = parse_json(metadata["classifier"])
             told = record.pop("sha256")
-        except FileNotFoundError:
-            raise ValueError(f"{path}: no such file") from None
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
         except (KeyError, ValueError, AttributeError, TypeError):
             raise ValueError(f"{path} is not a classifier: its metadata has no classifier's settings") from None
         if record.get("format") != FORMAT:
             raise ValueError(f"{path}: its format is {record.get('format')!r}, and this version reads {FORMAT!r}")
+        arrays = {name: np.array(tensor.map()) for name, tensor in stored.items() if tensor.dtype in DTYPES}
         if told != _checksum(record, arrays):
             raise ValueError(f"{path} is damaged: its contents do not have the checksum that is written in it")
         try:

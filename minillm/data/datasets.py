@@ -19,9 +19,9 @@ the ids come and go.
 import contextlib
 import hashlib
 import io
-import json
 import math
 import os
+import re
 import zlib
 from fractions import Fraction
 from numbers import Real
@@ -30,10 +30,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..files import check_keys, json_type, read_object
 from .pack import LARGEST, Batch, fill, join, plan, whole
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 MANIFEST, FORMAT = "manifest.json", 1
+MANIFEST_KEYS = ("format", "minillm", "settings", "sources", "bad_lines", "near_duplicates", "evaluation", "tokenizer",
+                 "weights", "tokens")  # fmt: skip
 
 # ------------------------------------------------------------------ token files
 
@@ -265,6 +268,9 @@ def load_tokens(folder, split, verify=False):
     for source, piece in pieces[split].items():
         if not isinstance(piece, dict) or not isinstance(piece.get("file"), str):
             raise ValueError(f"{Path(folder) / MANIFEST}: tokens.{split}.{source} names no file")
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", piece["file"]):  # no path: it must not lead out of the folder
+            told = f"{piece['file']!r:.60} is not the plain name of a file beside it"
+            raise ValueError(f"{Path(folder) / MANIFEST}: tokens.{split}.{source}: {told}")
         files[source] = TokenFile(Path(folder) / piece["file"], piece, verify)
     return files
 
@@ -272,15 +278,15 @@ def load_tokens(folder, split, verify=False):
 def _pieces(folder):
     """{split: {source: piece}} of a folder's manifest."""
     path = Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: this is no folder of prepared data") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if not path.exists():
+        raise ValueError(f"{path} is missing: this is no folder of prepared data")
+    manifest = read_object(path)
+    found = manifest.get("format")
     if found != FORMAT:
         raise ValueError(f"{path}: format is {found!r}, and this version reads {FORMAT}")
+    check_keys(manifest, MANIFEST_KEYS, path, foreign=True)
+    if not isinstance(manifest.get("weights"), dict | None):
+        raise ValueError(f"{path}: weights has to be {{source: number}}, and is {json_type(manifest['weights'])}")
     pieces = manifest.get("tokens")
     if not isinstance(pieces, dict) or not all(isinstance(sources, dict) for sources in pieces.values()):
         raise ValueError(f"{path}: tokens has to be {{split: {{source: piece}}}}")

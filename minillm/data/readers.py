@@ -11,15 +11,16 @@ soon as there are more than the user allows.
 import codecs
 import gzip
 import io
-import json
-import math
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 from ..extras import extra
+from ..files import json_type, parse_json
 
 MAX_LINE = 32 << 20  # bytes; a longer line is a damaged file or a hostile one
+TABLE_PIECE = 64 << 20  # bytes of a Parquet column that are decoded together, as far as the file is honest
+BOMB = 128 << 20, 100  # a column of so many bytes that is so many times smaller in the file is no text
 TEXT_PIECE = 1 << 16  # characters of a .txt file that become one document, up to the next blank line
 COMPRESSED = (".zst", ".gz")
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
@@ -157,7 +158,7 @@ def _texts(path, key, bad, on_bytes, max_line):
     """(where, text) of each document in one file."""
     kind, _ = _kind(path)
     if kind in (".parquet", ".arrow"):
-        yield from _table(path, kind, key, bad, on_bytes)
+        yield from _table(path, kind, key, bad, on_bytes, max_line)
     elif kind == ".txt":
         yield from _pieces(path, bad, on_bytes, max_line)
     else:
@@ -165,7 +166,7 @@ def _texts(path, key, bad, on_bytes, max_line):
             if key not in row:
                 bad.add(where, f"no field {key!r}, only {', '.join(map(repr, row)) or 'nothing'}")
             elif not isinstance(row[key], str):
-                bad.add(where, f"field {key!r} is {_json_type(row[key])}, not a string")
+                bad.add(where, f"field {key!r} is {json_type(row[key])}, not a string")
             else:
                 yield where, row[key]
 
@@ -177,6 +178,8 @@ def read_rows(path, *, bad=None, on_bytes=lambda count: None, max_line=MAX_LINE)
     UTF-8 are bad lines.
     """
     bad = Bad() if bad is None else bad
+    if _kind(Path(path))[0] not in (".jsonl", ".txt"):
+        raise ValueError(f"{path}: is a table, and JSON lines are needed, one object a line")
     for number, line in _lines(Path(path), bad, on_bytes, max_line):
         if line := line.strip(" \t\r\n"):
             where = f"{path}:{number}"
@@ -188,63 +191,10 @@ def read_rows(path, *, bad=None, on_bytes=lambda count: None, max_line=MAX_LINE)
 
 def parse_row(line):
     """The object that one line of JSON spells; ValueError with the reason, in columns of the line, where it is none."""
-    try:
-        row = _DECODER.decode(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg.lower().removesuffix(' at')} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("not usable JSON: it is nested too deeply") from None
+    row = parse_json(line)
     if not isinstance(row, dict):
-        raise ValueError(f'{_json_type(row)}, where an object like {{"text": ...}} is needed')
-    if "\\ud" in line or "\\uD" in line:  # a lone surrogate can only come from an escape: the line was valid UTF-8
-        _refuse_surrogates(row)
+        raise ValueError(f'{json_type(row)}, where an object like {{"text": ...}} is needed')
     return row
-
-
-def _unique(pairs):
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
-    return row
-
-
-def _refuse_constant(name):
-    raise ValueError(f"{name} is not JSON")
-
-
-def _whole(digits):
-    if len(digits) > 400:  # beyond float64, and Python takes time that grows with the square
-        raise ValueError(f"a whole number of {len(digits):,} digits is too large")
-    return int(digits)
-
-
-def _finite(digits):
-    if not math.isfinite(number := float(digits)):
-        raise ValueError(f"the number {digits[:20]} is too large")
-    return number
-
-
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole
-)
-
-
-def _refuse_surrogates(value):
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            code = ord(value[error.start])
-            raise ValueError(f"lone surrogate U+{code:04X} at character {error.start} of a string") from None
-    elif isinstance(value, dict | list):
-        for part in [*value, *value.values()] if isinstance(value, dict) else value:
-            _refuse_surrogates(part)
-
-
-def _json_type(value):
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 def _pieces(path, bad, on_bytes, max_line):
@@ -262,7 +212,7 @@ def _pieces(path, bad, on_bytes, max_line):
         yield f"{path}:{first}", "".join(lines)
 
 
-def _table(path, kind, key, bad, on_bytes):
+def _table(path, kind, key, bad, on_bytes, max_line):
     """The texts of one column of a Parquet or Arrow file, a batch of rows at a time."""
     pyarrow, size, told = extra("pyarrow", "data"), path.stat().st_size, 0
     try:
@@ -275,23 +225,42 @@ def _table(path, kind, key, bad, on_bytes):
         if key not in schema.names:
             raise ValueError(f"{path}: no column {key!r}, only {', '.join(map(repr, schema.names)) or 'nothing'}")
         if kind == ".parquet":
-            batches = table.iter_batches(batch_size=256, columns=[key], use_threads=False)
+            batches = table.iter_batches(_rows_at_once(path, table.metadata, key), columns=[key], use_threads=False)
         else:
             batches = iter(table)
         row = 0
         for batch in batches:
             for text in batch.column(batch.schema.get_field_index(key)).to_pylist():
                 row += 1
-                if isinstance(text, str):
+                if isinstance(text, str) and len(text) > max_line:
+                    bad.add(
+                        f"{path}:{row}", f"a text of {len(text):,} characters, and the longest allowed is {max_line:,}"
+                    )
+                elif isinstance(text, str):
                     yield f"{path}:{row}", text
                 else:
-                    bad.add(f"{path}:{row}", f"column {key!r} is {_json_type(text)}, not a string")
+                    bad.add(f"{path}:{row}", f"column {key!r} is {json_type(text)}, not a string")
             done = int(size * row / rows) if rows else told
             on_bytes(done - told)
             told = done
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: damaged, or not {kind[1:]}: {str(error).splitlines()[0]}") from None
     on_bytes(size - told)
+
+
+def _rows_at_once(path, metadata, key):
+    """How many rows of a Parquet file to decode together. Few bytes can stand for many in it: rows may share one long
+    text, and compression adds to that. ValueError: a column that is a decompression bomb."""
+    largest = 1
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            size, stored = column.total_uncompressed_size, column.total_compressed_size
+            if column.path_in_schema == key:
+                largest = max(largest, size)
+                if size > BOMB[0] and size > BOMB[1] * stored:
+                    told = f"column {key!r} has {stored:,} bytes that become {size:,}"
+                    raise ValueError(f"{path}: {told}: no text is like that")
+    return max(1, min(256, TABLE_PIECE // largest))
 
 
 def _open_arrow(pyarrow, path):

@@ -19,7 +19,7 @@ from .. import autograd as ag
 from .. import functional as F
 from .. import lora
 from ..autograd import no_grad
-from ..chat import TEMPLATES, load_template
+from ..chat import TEMPLATES, load_template, noted_template
 from ..checkpoint import NotFinite, write_json
 from ..data.pack import Batch, best_fit_rows
 from ..hub import check_vocabulary, load_pretrained, read_config, read_object, save_pretrained
@@ -283,10 +283,14 @@ def template_of(folder, given=""):
         raise ValueError(f"--template {given!r} is none of {', '.join(TEMPLATES)}, and no file{hint}")
     if given:
         return _read_template(given)
-    read = lambda name: read_object(path) if (path := Path(folder) / name).exists() else {}
-    noted = read("minillm.json").get("template")
-    theirs = (Path(folder) / "chat_template.jinja").exists() or read("tokenizer_config.json").get("chat_template")
+    noted = noted_template(folder)
+    theirs = (Path(folder) / "chat_template.jinja").exists() or _tokenizer_config(folder).get("chat_template")
     return noted or (_read_template(folder) if theirs else "chatml")
+
+
+def _tokenizer_config(folder):
+    path = Path(folder) / "tokenizer_config.json"
+    return read_object(path) if path.exists() else {}
 
 
 def _read_template(path):

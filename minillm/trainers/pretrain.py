@@ -6,7 +6,6 @@ target, for nothing announces it. Left out: nothing is repeated on purpose and n
 """
 
 import dataclasses
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from ..data.datasets import MANIFEST, Batches, Mixture, Windows, load_tokens
+from ..files import read_object
 from ..generate import generate
 from ..model import Config, build
 from .common import (
@@ -108,7 +108,7 @@ def new_model(config, vocab_size):
 
 def weights_of(config, windows):
     """{source: its share of the rows}: those that are given, else the manifest's, else in proportion to tokens."""
-    noted = json.loads((config.data / MANIFEST).read_text(encoding="utf-8")).get("weights") or {}
+    noted = read_object(config.data / MANIFEST).get("weights") or {}
     noted = {name: weight for name, weight in noted.items() if name in windows}  # all of a source may be held out
     if config.weights and config.weights.keys() != windows.keys():
         raise ValueError(f"--weights is for {', '.join(config.weights)}, and the sources are {', '.join(windows)}")

@@ -30,7 +30,6 @@ import subprocess
 import sys
 import threading
 import time
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -40,6 +39,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..checkpoint import LOCK, Checkpoints, NotFinite, locked, read, sha256, write_json
 from ..extras import extra
+from ..files import check_keys, read_object
 from ..optim import clip_scale
 
 WIDTH = 110  # of a line that is printed
@@ -145,17 +145,9 @@ def _changed(settings):
 def read_settings(kind, path):
     """The settings of a run, an instance of the dataclass `kind`, from its settings.json. ValueError with the file's
     name: it is no JSON object, a field is missing, unknown (the nearest is named), or of another kind or range."""
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(told, dict):
-        raise ValueError(f"{path} has to be a JSON object of settings")
+    told = read_object(path)
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    for name in told.keys() - fields.keys():
-        near = get_close_matches(name, fields, 1)
-        hint = f"; perhaps {near[0]} was meant" if near else ""
-        raise ValueError(f"{path}: there is no setting {name!r}{hint}")
+    check_keys(told, fields, path)
     try:
         return kind(**{name: _typed(value, fields[name].type) for name, value in told.items()})
     except (TypeError, ValueError) as error:
