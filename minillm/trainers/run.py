@@ -527,7 +527,7 @@ class Run:
             told = f"{error.strerror}, with {len(text):,} bytes to write"
             if self.saved is not None:
                 told += f"; the run can be resumed after update {self.saved:,}"
-            raise OSError(error.errno, told, file.name) from None
+            raise OSError(error.errno, told, str(file.name)) from None
 
     def _file(self, name):
         if name not in self.files:
