@@ -87,6 +87,20 @@ def write_json(path, value):
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
+def save_arrays(arrays, path, metadata=None):
+    """Write {name: array}, contiguous ones, as safetensors. OSError: the disk is full, with the path and the bytes, as
+    for every other file. ValueError: a dtype that safetensors has not."""
+    try:
+        safetensors.numpy.save_file(arrays, path, metadata)
+    except SafetensorError as error:  # it tells the number of the system's error in its text alone
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise ValueError(f"{path} can not be written: {error}") from None
+        size = sum(array.nbytes for array in arrays.values())
+        told = f"{os.strerror(int(found[1]))}, with {size:,} bytes to write"
+        raise OSError(int(found[1]), told, str(path)) from None
+
+
 def delete(path):
     """Remove a file, a link or a folder and all in it, as far as that can be done; nothing where there is none."""
     if path.is_dir() and not path.is_symlink():
@@ -124,7 +138,7 @@ def write(folder, step, arrays, state, identity, dress=None):
         with _room_for(folder, sum(array.nbytes for array in host.values())):
             new.mkdir(parents=True)
             elsewhere = [name for name in host if dress is not None and name.startswith("model/")]
-            safetensors.numpy.save_file({name: host[name] for name in host if name not in elsewhere}, new / ARRAYS)
+            save_arrays({name: host[name] for name in host if name not in elsewhere}, new / ARRAYS)
             if dress is not None:
                 dress(new)
             files = {}
@@ -166,20 +180,15 @@ def _check_json(place, value, depth=DEEPEST):
 
 @contextlib.contextmanager
 def _room_for(folder, size):
-    """OSErrors of writing, safetensors' as well, as one that names the checkpoint and the bytes. ValueError: it is no
-    matter of the disk."""
+    """OSErrors of writing as one that names the checkpoint and the bytes."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        code, told = getattr(error, "errno", None), getattr(error, "strerror", None)
-        if code is None:  # safetensors tells the number of the system's error in its text
-            found = re.search(r"os error (\d+)", str(error))
-            if found is None:
-                raise ValueError(f"{folder} can not be written: {error}") from None
-            code, told = int(found[1]), os.strerror(int(found[1]))
+    except OSError as error:
+        told = error.strerror or str(error)
         with contextlib.suppress(OSError):
             told += f" ({shutil.disk_usage(folder.parent).free:,} bytes are free, and its arrays are {size:,})"
-        raise OSError(code, f"{told}; the checkpoints before it are untouched", str(folder)) from None
+        told += "; the checkpoints before it are untouched"
+        raise OSError(error.errno or errno.EIO, told, str(folder)) from None
 
 
 def _take_name(new, folder):
@@ -349,8 +358,8 @@ class Checkpoints:
         delete(gone)
 
     def newest(self, say=print):
-        """(manifest, arrays) of the newest checkpoint that is whole, None where there is none at all. What is wrong
-        with newer ones is told. ValueError: there are some, and not one is whole."""
+        """(manifest, arrays) of the newest checkpoint that is whole, None where there is none at all; for the process
+        that has the lock. What is wrong with newer ones is told. ValueError: there are some, and not one is whole."""
         self.put_back()
         steps = self.steps()
         if steps:

@@ -18,9 +18,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 
-from minillm.checkpoint import Checkpoints, locked
+from minillm.checkpoint import Checkpoints, locked, save_arrays
 
 IDENTITY = {"model.dim": 8, "tokenizer": "Füchse, 狐"}
 
@@ -48,7 +47,7 @@ def dress_of(arrays):
 
     def dress(folder):
         weights = {name.removeprefix("model/"): array for name, array in arrays.items() if name.startswith("model/")}
-        safetensors.numpy.save_file(weights, folder / "model.safetensors")
+        save_arrays(weights, folder / "model.safetensors")
         (folder / "config.json").write_text('{"dim": 8}\n', encoding="utf-8")
         (folder / "tokenizer.json").write_text('{"vocab": ["Füchse"]}\n', encoding="utf-8")
 

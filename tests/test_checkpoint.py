@@ -29,6 +29,9 @@ from hypothesis.extra import numpy as hnp
 
 from minillm import checkpoint
 from minillm.checkpoint import ARRAYS, LATEST, LOCK, MANIFEST, Checkpoints, NotFinite, locked, read, read_manifest
+from minillm.hub import save_pretrained
+from minillm.lora import adapt, save_adapter
+from minillm.model import Config, build
 from minillm.trainers.run import Run
 from tests import saver
 from tests.saver import arrays_of, check, save, state_of
@@ -342,6 +345,20 @@ def test_a_full_disk_at_every_boundary_of_every_file(copy, monkeypatch, capsys, 
         step += 1
         save(copy, step)
         assert check(copy.newest(pytest.fail)) == (step, 0), place
+
+
+def test_a_full_disk_at_the_last_save(tmp_path):
+    """The model folder at the end of a run, and an adapter's: the same error as a checkpoint's."""
+    model = build(Config(vocab_size=50, hidden_size=16, num_hidden_layers=1))
+    adapted = adapt(model, rank=2)
+    writers = {
+        "model.safetensors": lambda: save_pretrained(model, tmp_path / "model"),
+        "adapter_model.safetensors": lambda: save_adapter(adapted, tmp_path / "adapter"),
+    }
+    for name, write in writers.items():
+        with room(3000), pytest.raises(OSError, match=r"File too large, with [\d,]+ bytes to write") as error:
+            write()
+        assert Path(error.value.filename).name == name and str(tmp_path) in error.value.filename
 
 
 def test_a_full_disk_is_a_full_one(tmp_path):
@@ -697,6 +714,13 @@ def test_newest_goes_by_the_step_and_not_by_the_clock(copy):
     assert check(copy.newest(pytest.fail)) == (2, 0)
 
 
+def test_cleaning_keeps_the_only_copy(copy):
+    """A kill between the two renames of a replacement, and nobody has asked for the newest one yet."""
+    copy.path(2).rename(copy.folder / ".replaced-step-00000002")
+    copy.clean()
+    assert copy.steps() == [1, 2] and check(copy.newest(pytest.fail)) == (2, 0)
+
+
 def test_what_else_stands_in_the_folder_is_left_alone(copy):
     """Other names, and names that only look like a checkpoint's."""
     others = ["notes.txt", "step-1", "step-000000003", "step-٠٠٠٠٠٠٠٥", "step-00000009.bak", "my-step-00000009"]
@@ -858,7 +882,7 @@ def test_a_state_that_json_can_not_hold_is_an_error_before_anything_is_written(c
 
 @pytest.mark.parametrize("array", [np.array(["text"]), np.array([object()]), np.array(["2020-01-01"], "M8[D]")])
 def test_an_array_that_safetensors_can_not_hold(copy, array):
-    with pytest.raises((ValueError, OSError), match="step-00000003"):
+    with pytest.raises(ValueError, match="step-00000003"):
         copy.save(3, arrays_of(3) | {"model/odd": array}, {}, {})
     assert check(copy.newest(pytest.fail)) == (2, 0) and len(names(copy.folder)) == 3
 
@@ -930,7 +954,6 @@ def safetensors_of(header, data=b""):
     return len(text).to_bytes(8, "little") + text + data
 
 
-CODE = b"cos\nsystem\n(S'touch /tmp/minillm-was-here'\ntR."
 HOSTILE = {
     "a huge header": b"\xff" * 8 + b"{}",
     "a header of 2^63 - 1": (2**63 - 1).to_bytes(8, "little") + b"{}",
@@ -946,7 +969,7 @@ HOSTILE = {
     ),
     "an unknown dtype": safetensors_of({"a": {"dtype": "X", "shape": [1], "data_offsets": [0, 1]}}, b"0"),
     "a pickle": pickle.dumps({"model/weight": [1.0]}),
-    "a pickle with code": CODE,
+    "a pickle with code": b"cos\nabort\n(tR.",
 }
 
 
