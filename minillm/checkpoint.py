@@ -262,6 +262,8 @@ def read(folder):
     arrays = _arrays(folder / ARRAYS)
     if WEIGHTS in manifest["files"]:
         arrays |= {f"model/{name}": array for name, array in _arrays(folder / WEIGHTS).items()}
+    if _sealed(read_manifest(folder)) != _sealed(manifest):  # as text, because nan is not equal to nan
+        raise ValueError(f"{folder} was replaced while it was read")
     return manifest, arrays
 
 
@@ -271,10 +273,11 @@ def _reading(path):
     of permissions and the like, say nothing about the checkpoint, and stay what they are."""
     try:
         if not path.is_file():
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            raise FileNotFoundError
         yield
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+        # The number alone would not do: safetensors' error has none.
+        if isinstance(error, FileNotFoundError) or error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG):
             raise ValueError(f"{path} is missing: the checkpoint is not whole") from None
         if error.errno == errno.EIO:
             raise ValueError(f"{path} can not be read: {error.strerror}") from None

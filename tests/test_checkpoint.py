@@ -47,7 +47,7 @@ def silent(line):
 def start(*arguments, **options):
     """A process of tests/saver.py."""
     command = [sys.executable, "-m", "tests.saver", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, **options)
+    return subprocess.Popen(command, cwd=ROOT, text=True, **{"stdout": subprocess.PIPE} | options)
 
 
 def names(folder):
@@ -513,17 +513,58 @@ def test_a_file_that_can_not_be_read_is_damaged(copy, monkeypatch):
     assert refused(copy.path(2), "model.safetensors") and goes_back(copy, "model.safetensors")
 
 
-def test_a_reader_meets_a_removal(copy, monkeypatch):
+@pytest.mark.parametrize("when", ["before the hash", "after it"])
+def test_a_reader_meets_a_removal(copy, monkeypatch, when):
     """Rotation takes a checkpoint away from somebody who is reading it: one that is not whole, and no other error."""
     original, gone = checkpoint.sha256, []
 
     def sha256(path):
+        found = original(path) if when == "after it" else None
         if path.name == ARRAYS and not gone:
             gone.append(copy.remove(2))
-        return original(path)
+        return found or original(path)
 
     monkeypatch.setattr(checkpoint, "sha256", sha256)
+    monkeypatch.setattr(Path, "is_file", lambda path: True)  # the look before each reading comes too early to help
     assert refused(copy.path(2), ARRAYS)
+
+
+def test_a_reader_meets_a_replacement(copy, monkeypatch):
+    """The files were looked at, then another checkpoint takes the name: not the one's state with the other's arrays."""
+    original, replaced = checkpoint.sha256, []
+
+    def sha256(path):
+        found = original(path)
+        if path.name == ARRAYS and not replaced:
+            replaced.append(path)  # first, because saving comes by here, too
+            save(copy, 2, version=1)
+        return found
+
+    monkeypatch.setattr(checkpoint, "sha256", sha256)
+    with pytest.raises(ValueError, match="step-00000002 was replaced while it was read"):
+        read(copy.path(2))
+    assert check(read(copy.path(2))) == (2, 1)
+
+
+def read_beside(folder, reads):
+    """Another process saves, rotates and replaces, and this one reads: what is read is whole, or a ValueError."""
+    process, checkpoints, whole = start("save", folder, 0, 1, stdout=subprocess.DEVNULL), Checkpoints(folder), 0
+    while whole < reads:
+        for step in checkpoints.steps():
+            with contextlib.suppress(ValueError):
+                assert check(read(checkpoints.path(step)))[0] == step
+                whole += 1
+    process.kill()
+    process.wait()
+
+
+def test_reading_beside_a_process_that_saves(tmp_path):
+    read_beside(tmp_path / "checkpoints", 20)
+
+
+@pytest.mark.slow
+def test_reading_beside_a_process_that_saves_for_long(tmp_path):
+    read_beside(tmp_path / "checkpoints", 3000)
 
 
 # ------------------------------------------------------------------ the lock
