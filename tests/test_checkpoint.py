@@ -990,6 +990,17 @@ def test_a_forged_manifest_is_refused(copy, what):
     assert goes_back(copy, MANIFEST) or goes_back(copy, "")
 
 
+@pytest.mark.parametrize("state", [{}, {"files": {}}, {"run": {"settings": 1}, "files": {}}, {"run": [], "files": {}}])
+def test_a_state_of_something_else_is_not_resumed(tmp_path, state):
+    """A whole checkpoint with a state that is none of a run's: no attribute is set that it may name."""
+    Checkpoints(tmp_path / "checkpoints").save(1, {}, state, {})
+    run = Run(SimpleNamespace(out=tmp_path, keep_last=2, resume=True), 10)
+    before = dict(vars(run))
+    with pytest.raises(ValueError, match="step-00000001 is no run's checkpoint"):
+        run._resume()
+    assert vars(run) == before
+
+
 def safetensors_of(header, data=b""):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
