@@ -42,6 +42,10 @@ MANIFEST, ARRAYS, WEIGHTS = "manifest.json", "training.safetensors", "model.safe
 LATEST, LOCK = "latest", ".lock"
 NAME = re.compile(r"step-(\d{8,})")
 HIDDEN = (".saving-", ".replaced-", ".removed-")  # beginnings of the names of what a kill may have left behind
+DEEPEST = 100  # of lists and objects in each other, in a state: far below what reading it would need of Python's stack
+LARGEST = (
+    10_000  # bits of a number in a state: Python reads some more than 4,000 digits, and no number of a run's is near
+)
 
 
 class NotFinite(ValueError):
@@ -59,27 +63,51 @@ def sync(path):
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(handle)
 
 
 def replace_text(path, text):
     """Write a text file; a kill leaves the old one or the new one, and nothing between."""
-    new = path.with_name(path.name + ".new")
+    new, data = path.with_name(HIDDEN[0] + path.name), text.encode()
     try:
-        new.write_text(text, encoding="utf-8")
+        new.write_bytes(data)
         sync(new)
         new.replace(path)
         sync(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            new.unlink()
-        raise OSError(error.errno, f"{error.strerror}, with {len(text):,} bytes to write", str(path)) from None
+        delete(new)
+        raise OSError(error.errno, f"{error.strerror}, with {len(data):,} bytes to write", str(path)) from None
 
 
 def write_json(path, value):
     """Write `value` as JSON, paths in it as strings, in one piece (`replace_text`)."""
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def save_arrays(arrays, path, metadata=None):
+    """Write {name: array}, contiguous ones, as safetensors. OSError: the disk is full, with the path and the bytes, as
+    for every other file. ValueError: a dtype that safetensors has not."""
+    try:
+        safetensors.numpy.save_file(arrays, path, metadata)
+    except SafetensorError as error:  # it tells the number of the system's error in its text alone
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise ValueError(f"{path} can not be written: {error}") from None
+        size = sum(array.nbytes for array in arrays.values())
+        told = f"{os.strerror(int(found[1]))}, with {size:,} bytes to write"
+        raise OSError(int(found[1]), told, str(path)) from None
+
+
+def delete(path):
+    """Remove a file, a link or a folder and all in it, as far as that can be done; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 # ------------------------------------------------------------------ one checkpoint
@@ -94,20 +122,23 @@ def write(folder, step, arrays, state, identity, dress=None):
     dress     function(folder): writes a model folder there, whose model.safetensors holds the arrays "model/PART" under
               the names PART; without it, they are in training.safetensors like the others
 
-    NotFinite: an array holds nan or inf; then nothing is written. OSError: the disk is full, with the path and the
-    bytes; the checkpoints that were there are untouched.
+    NotFinite: an array holds nan or inf; ValueError: JSON would give back another state; in both cases nothing is
+    written. ValueError: safetensors has no such dtype. OSError: the disk is full, with the path and the bytes. The
+    checkpoints that were there are untouched.
     """
-    host = {name: np.ascontiguousarray(to_host(array)) for name, array in arrays.items()}
+    for name, value in {"state": state, "identity": identity}.items():
+        _check_json(f"{folder}: {name}", value)
+    host = {name: np.asarray(to_host(array), order="C") for name, array in arrays.items()}
     for name, array in host.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if array.dtype.kind in "fc" and not np.isfinite(array).all():
             raise NotFinite(f"{name} is not finite after update {step}: it is not saved, and {folder.parent} is kept")
     new = folder.with_name(HIDDEN[0] + folder.name)
-    shutil.rmtree(new, ignore_errors=True)
+    delete(new)
     try:
         with _room_for(folder, sum(array.nbytes for array in host.values())):
             new.mkdir(parents=True)
             elsewhere = [name for name in host if dress is not None and name.startswith("model/")]
-            safetensors.numpy.save_file({name: host[name] for name in host if name not in elsewhere}, new / ARRAYS)
+            save_arrays({name: host[name] for name in host if name not in elsewhere}, new / ARRAYS)
             if dress is not None:
                 dress(new)
             files = {}
@@ -115,67 +146,105 @@ def write(folder, step, arrays, state, identity, dress=None):
                 sync(path)
                 files[path.relative_to(new).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
             manifest = {"format": FORMAT, "step": step, "state": state, "identity": identity, "files": files}
-            (new / MANIFEST).write_text(_sealed(manifest), encoding="utf-8")
+            (new / MANIFEST).write_bytes(_sealed(manifest))
             sync(new / MANIFEST)
             for inner in {path.parent for path in new.rglob("*")}:
                 sync(inner)
             _take_name(new, folder)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        delete(new)
+
+
+def _check_json(place, value, depth=DEEPEST):
+    """ValueError with the place: JSON has no such value, or would make another one of it. A tuple may become a list."""
+    wrong = None
+    if isinstance(value, dict):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            wrong = f"has the key {odd[0]!r}"
+        inside = value.items()
+    elif isinstance(value, list | tuple):
+        inside = enumerate(value)
+    else:
+        inside = ()
+        if not isinstance(value, str | int | float | None):  # bool is an int, and NumPy's float64 a float
+            wrong = f"is of {type(value)}"
+        elif isinstance(value, int) and value.bit_length() > LARGEST:
+            wrong = f"is a number of {value.bit_length():,} bits"
+    if depth == 0:
+        wrong = f"is more than {DEEPEST} lists or objects deep"
+    if wrong:
+        raise ValueError(f"{place:.300} {wrong}, which JSON can not hold: nothing is saved")
+    for name, item in inside:
+        _check_json(f"{place}/{name}", item, depth - 1)
 
 
 @contextlib.contextmanager
 def _room_for(folder, size):
-    """OSErrors of writing, safetensors' as well, as one that names the checkpoint and the bytes."""
+    """OSErrors of writing as one that names the checkpoint and the bytes."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        code, told = getattr(error, "errno", None), getattr(error, "strerror", None)
-        if code is None:  # safetensors tells the number of the system's error in its text
-            found = re.search(r"os error (\d+)", str(error))
-            code = int(found[1]) if found else errno.EIO
-            told = os.strerror(code) if found else str(error)
+    except OSError as error:
+        told = error.strerror or str(error)
         with contextlib.suppress(OSError):
             told += f" ({shutil.disk_usage(folder.parent).free:,} bytes are free, and its arrays are {size:,})"
-        raise OSError(code, f"{told}; the checkpoints before it are untouched", str(folder)) from None
+        told += "; the checkpoints before it are untouched"
+        raise OSError(error.errno or errno.EIO, told, str(folder)) from None
 
 
 def _take_name(new, folder):
     """`new` becomes `folder`, in place of one that is there: a checkpoint which was damaged, and is made again."""
-    if folder.exists():
-        old = folder.with_name(HIDDEN[1] + folder.name)
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
+    if not os.path.lexists(folder):
         new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        new.rename(folder)
+        return sync(folder.parent)
+    old = folder.with_name(HIDDEN[1] + folder.name)
+    delete(old)
+    (folder.parent / LATEST).unlink(missing_ok=True)  # it may name the one that goes now
+    folder.rename(old)
+    new.rename(folder)  # after a kill between these two, Checkpoints.put_back takes the old one
     sync(folder.parent)
+    delete(old)
 
 
 def _sealed(manifest):
-    """The text of a manifest and of its own SHA-256. There is one way to write it, so that every bit counts."""
+    """The bytes of a manifest and of its own SHA-256. There is one way to write it, so that every bit counts."""
     text = json.dumps(manifest, indent=1, sort_keys=True)
-    return json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": manifest}, indent=1) + "\n"
+    sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": manifest}
+    return (json.dumps(sealed, indent=1) + "\n").encode()
 
 
 def read_manifest(folder):
     """The manifest of a checkpoint. ValueError with the file's name: it is missing, damaged or of another format."""
     path = Path(folder) / MANIFEST
+    with _reading(path):
+        data = path.read_bytes()
     try:
-        text = path.read_text(encoding="utf-8")
-        manifest = json.loads(text)["manifest"]
-        # Written again it has to be the same text, which holds for what is not JSON's meaning, too: a space, a comma.
-        whole = isinstance(manifest, dict) and _sealed(manifest) == text
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: this is no whole checkpoint") from None
+        manifest = json.loads(data)["manifest"]
+        # Written again it has to be the same bytes, which holds for what has no meaning in JSON, too: a space, a comma.
+        whole = isinstance(manifest, dict) and _sealed(manifest) == data
     except (ValueError, KeyError, TypeError, RecursionError):  # no UTF-8, no JSON, another JSON
         whole = False
     if not whole:
         raise ValueError(f"{path} is damaged: its SHA-256 is not the one that it was written with")
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"{path}: format is {manifest['format']!r}, and this version reads {FORMAT}")
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: format is {manifest.get('format')!r}, and this version reads {FORMAT}")
+    # A hash that fits says that nothing was changed by chance, and not who wrote it.
+    files = manifest.get("files")
+    right = isinstance(manifest.get("step"), int) and isinstance(files, dict) and ARRAYS in files
+    right = right and all(isinstance(manifest.get(name), dict) for name in ("state", "identity"))
+    if not right or not all(isinstance(told, dict) and told.keys() == {"bytes", "sha256"} for told in files.values()):
+        raise ValueError(f"{path} is not the manifest of a checkpoint")
+    for name in files:
+        if not _inside(path.parent, name):
+            raise ValueError(f"{path} names {name!r}, which is no file in its folder")
     return manifest
+
+
+def _inside(folder, name):
+    """Whether a manifest's name is that of a file in the folder itself: no way up, no root, no link."""
+    try:
+        return os.path.realpath(folder / name) == os.path.join(os.path.realpath(folder), *name.split("/"))
+    except ValueError:  # no file can have such a name
+        return False
 
 
 def read(folder):
@@ -184,16 +253,44 @@ def read(folder):
     folder, manifest = Path(folder), read_manifest(folder)
     for name, written in manifest["files"].items():
         path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: the checkpoint is not whole")
-        if (size := path.stat().st_size) != written["bytes"]:
+        with _reading(path):
+            size, found = path.stat().st_size, sha256(path)
+        if size != written["bytes"]:
             raise ValueError(f"{path} has {size:,} bytes, and was written with {written['bytes']:,}")
-        if sha256(path) != written["sha256"]:
+        if found != written["sha256"]:
             raise ValueError(f"{path} is damaged: its SHA-256 is not the one that it was written with")
-    arrays = safetensors.numpy.load_file(folder / ARRAYS)
+    arrays = _arrays(folder / ARRAYS)
     if WEIGHTS in manifest["files"]:
-        arrays |= {f"model/{name}": array for name, array in safetensors.numpy.load_file(folder / WEIGHTS).items()}
+        arrays |= {f"model/{name}": array for name, array in _arrays(folder / WEIGHTS).items()}
+    if _sealed(read_manifest(folder)) != _sealed(manifest):  # as text, because nan is not equal to nan
+        raise ValueError(f"{folder} was replaced while it was read")
     return manifest, arrays
+
+
+@contextlib.contextmanager
+def _reading(path):
+    """ValueError where a file is missing, even since a moment ago, or where the disk can not read it. Other OSErrors,
+    of permissions and the like, say nothing about the checkpoint, and stay what they are."""
+    try:
+        if not path.is_file():
+            raise FileNotFoundError
+        yield
+    except OSError as error:
+        # The number alone would not do: safetensors' error has none.
+        if isinstance(error, FileNotFoundError) or error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise ValueError(f"{path} is missing: the checkpoint is not whole") from None
+        if error.errno == errno.EIO:
+            raise ValueError(f"{path} can not be read: {error.strerror}") from None
+        raise
+
+
+def _arrays(path):
+    """{name: array} of a safetensors file. ValueError with its name: it is none, or NumPy has no such dtype."""
+    try:
+        with _reading(path):
+            return safetensors.numpy.load_file(path)
+    except (SafetensorError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} can not be read as arrays: {error}") from None
 
 
 def sha256(path):
@@ -221,19 +318,31 @@ class Checkpoints:
     def steps(self):
         """The steps that there are checkpoints of, in order; damaged ones are among them."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted(int(match[1]) for path in found if (match := NAME.fullmatch(path.name)) and path.is_dir())
+        steps = {int(match[1]): path for path in found if (match := NAME.fullmatch(path.name)) and path.is_dir()}
+        return sorted(step for step, path in steps.items() if path == self.path(step))  # not step-000000003
+
+    def put_back(self):
+        """Give back its name to a checkpoint that was being replaced, where a kill came before the new one had it."""
+        for path in self.folder.glob(HIDDEN[1] + "*"):
+            folder = path.with_name(path.name.removeprefix(HIDDEN[1]))
+            if not os.path.lexists(folder):
+                path.rename(folder)
+                sync(self.folder)
 
     def clean(self):
         """Remove what a save or a removal that was killed has left behind."""
+        self.put_back()
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if path.name.startswith(HIDDEN):
-                shutil.rmtree(path, ignore_errors=True)
+                delete(path)
 
     def save(self, step, arrays, state, identity, dress=None, best=None):
         """Write a checkpoint (see `write`), then `latest`, then remove those that are no more kept; `best` is the step
         of one that stays. Returns its folder."""
         folder = self.path(step)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.folder.is_dir():
+            self.folder.mkdir(parents=True)
+            sync(self.folder.parent)
         write(folder, step, arrays, state, identity, dress)
         replace_text(self.folder / LATEST, _latest(folder))
         before = [there for there in self.steps() if there <= step]
@@ -246,19 +355,24 @@ class Checkpoints:
     def remove(self, step):
         """Remove a checkpoint; a kill in the middle leaves no half of it under its name."""
         gone = self.path(step).with_name(HIDDEN[2] + self.path(step).name)
-        shutil.rmtree(gone, ignore_errors=True)
+        delete(gone)
         self.path(step).rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        sync(self.folder)  # a power failure must not undo this after the files below are gone
+        delete(gone)
 
     def newest(self, say=print):
-        """(manifest, arrays) of the newest checkpoint that is whole, None where there is none at all. What is wrong
-        with newer ones is told. ValueError: there are some, and not one is whole."""
+        """(manifest, arrays) of the newest checkpoint that is whole, None where there is none at all; for the process
+        that has the lock. What is wrong with newer ones is told. ValueError: there are some, and not one is whole."""
+        self.put_back()
         steps = self.steps()
         if steps:
             self._check_latest(steps, say)
         for step in reversed(steps):
             try:
-                return read(self.path(step))
+                manifest, arrays = read(self.path(step))
+                if manifest["step"] != step:
+                    raise ValueError(f"{self.path(step) / MANIFEST} is that of update {manifest['step']:,}")
+                return manifest, arrays
             except ValueError as error:
                 wrong = error
                 say(f"WARNING: {error}; going back to the checkpoint before it")
@@ -268,9 +382,13 @@ class Checkpoints:
 
     def _check_latest(self, steps, say):
         """`latest` may be missing or one checkpoint behind, after a kill between two renames; else it was changed."""
-        path = self.folder / LATEST
-        lines = [_latest(self.path(step)) for step in steps if (self.path(step) / MANIFEST).is_file()]
-        if path.is_file() and path.read_bytes() not in [line.encode() for line in lines]:
+        path, fitting = self.folder / LATEST, []
+        for step in steps:
+            with contextlib.suppress(OSError):  # `read` will tell what is the matter with it
+                fitting.append(_latest(self.path(step)).encode())
+        if not path.is_file():
+            say(f"WARNING: {path} is missing; taking the newest checkpoint that is whole")
+        elif path.read_bytes() not in fitting:
             say(f"WARNING: {path} does not fit the checkpoints beside it; taking the newest one that is whole")
 
 
@@ -294,9 +412,8 @@ def locked(folder):
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, and has to be a folder")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     path, me = folder / LOCK, {"pid": os.getpid(), "host": socket.gethostname()}
-    handle = None
+    handle, mine = None, False
     try:
         handle = _open_lock(path)
         there = _holder(handle)
@@ -304,14 +421,17 @@ def locked(folder):
             raise ValueError(
                 f"{folder} is in use by process {there.get('pid')} on {there['host']}: if that has ended, delete {path}"
             )
-        os.truncate(handle, 0)
-        os.pwrite(handle, json.dumps(me).encode(), 0)
+        mine, data = True, json.dumps(me).encode()
         try:
-            yield
-        finally:
+            os.truncate(handle, 0)
+            os.pwrite(handle, data, 0)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}, with {len(data)} bytes to write", str(path)) from None
+        yield
+    finally:
+        if mine:
             with contextlib.suppress(OSError):
                 path.unlink()  # while it is locked: who waits for this file will see that it is no more the folder's
-    finally:
         if handle is not None:
             os.close(handle)
         for empty in made:  # an error at the start leaves nothing behind
@@ -320,19 +440,26 @@ def locked(folder):
 
 
 def _open_lock(path):
-    """An open file that has the lock. ValueError: somebody else has it."""
+    """An open file that has the lock, in a folder that is made for it. ValueError: somebody else has it."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:  # not through a link: what that leads to would be overwritten
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        except FileNotFoundError:
+            if path.parent.is_dir():  # /proc has folders in which no file can be
+                raise
+            continue  # whoever had it before has removed the empty folder
         try:
             if fcntl is not None:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-                return handle
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), path.stat()):
+                    return handle
         except OSError as error:
             there = _holder(handle)
             os.close(handle)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
+                raise OSError(error.errno, f"it can not be locked: {error.strerror}", str(path)) from None
             who = f"process {there['pid']} on {there['host']}" if {"pid", "host"} <= there.keys() else "another process"
             raise ValueError(f"{path.parent} is in use by {who}: wait for it, or take another --out") from None
         os.close(handle)  # it was removed by who had it, between our opening and locking it
@@ -342,6 +469,6 @@ def _holder(handle):
     """What a lock file says about who has it, {} where it says nothing."""
     try:
         found = json.loads(os.pread(handle, 1000, 0))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

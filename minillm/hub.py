@@ -20,9 +20,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from .chat import TEMPLATES, jinja_source, stop_ids
+from .checkpoint import save_arrays
 from .files import DTYPES, read_header, read_object
 from .kernels.device import to_host
 from .model import ARCHITECTURES, Config, build, check_shapes
@@ -459,7 +459,7 @@ def _write_weights(folder, arrays, dtype, max_shard_size):
     for file, names in zip(files, shards, strict=True):
         # safetensors writes the memory as it lies there, so every array must be contiguous
         part = {name: _converted(name, np.ascontiguousarray(to_host(arrays[name])), dtype) for name in names}
-        save_file(part, folder / file, metadata={"format": "pt"})
+        save_arrays(part, folder / file, {"format": "pt"})
     if len(files) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(map(size, arrays))}, "weight_map": weight_map}

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from .autograd import Tensor, op
+from .checkpoint import save_arrays
 from .files import DTYPES, read_header, read_object
 from .kernels.device import to_host, xp_of
 from .model import build
@@ -419,7 +419,7 @@ def save_adapter(model, folder, base=""):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     arrays = {name: np.ascontiguousarray(to_host(p.data)) for name, p in model.parameters.items()}
-    save_file(arrays, folder / WEIGHTS, metadata={"format": "pt"})
+    save_arrays(arrays, folder / WEIGHTS, {"format": "pt"})
     return folder
 
 

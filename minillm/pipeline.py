@@ -39,7 +39,6 @@ from .data.conversations import (
 from .data.prepare import Prepare, prepare, table
 from .data.readers import Bad
 from .extras import extra
-from .files import read_object
 from .report import (
     Details,
     Facts,
@@ -460,12 +459,16 @@ def run(config):
         for path in getattr(config, name):
             if not path.is_file():
                 raise ValueError(f"{path}: no such file")
+    read_notes(config)  # what is wrong is told before anything is touched
     with locked(config.out):
         return _stages(config)
 
 
 def _stages(config):
-    notes = open_notes(config)
+    notes = read_notes(config)
+    for name in STAGES[STAGES.index(config.from_) :] if config.from_ else ():
+        shutil.rmtree(config.out / name, ignore_errors=True)
+    write_json(config.out / NOTES, notes)
     for number, name in enumerate(STAGES, 1):
         if name in notes["stages"]:
             print(f"[{number}/{len(STAGES)}] {name}: done before, in {duration(notes['stages'][name]['seconds'])}")
@@ -488,29 +491,30 @@ def _stages(config):
     return notes
 
 
-def open_notes(config):
-    """What is done, from OUT/pipeline.json, less what --from repeats."""
+def read_notes(config):
+    """What is done, from OUT/pipeline.json; less what --from repeats. Changes nothing. ValueError: see `run`."""
     path = config.out / NOTES
     settings = {name: value for name, value in vars(config).items() if name not in ("out", "from_", "resume")}
     settings = json.loads(json.dumps(settings, default=str))
-    if not path.exists():
-        if any(path.name != LOCK for path in config.out.iterdir()):
-            raise ValueError(f"{config.out} is not empty, and was not made by the pipeline: take another --out")
-        notes = {"settings": settings, "stages": {}}
-    else:
-        notes = read_object(path)
-        if not all(isinstance(notes.get(key), dict) for key in ("settings", "stages")):
+    if config.out.exists() and not config.out.is_dir():
+        raise ValueError(f"{config.out} is a file, and has to be a folder")
+    notes = {"settings": settings, "stages": {}}
+    if path.exists():
+        try:
+            notes = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from None
+        if not isinstance(notes, dict) or not all(isinstance(notes.get(key), dict) for key in ("settings", "stages")):
             raise ValueError(f"{path} is not the pipeline's: it needs settings and stages")
         changed = [name for name, value in settings.items() if notes["settings"].get(name) != value]
         if changed and config.from_ != "data":
             was = ", ".join(f"--{name.replace('_', '-')} {notes['settings'].get(name)}" for name in changed)
             raise ValueError(f"{config.out} was made with {was}: take another --out, or begin again with --from data")
         notes["settings"] = settings
-    if config.from_:
-        for name in STAGES[STAGES.index(config.from_) :]:
-            notes["stages"].pop(name, None)
-            shutil.rmtree(config.out / name, ignore_errors=True)
-    write_json(path, notes)
+    elif config.out.exists() and any(there.name != LOCK for there in config.out.iterdir()):
+        raise ValueError(f"{config.out} is not empty, and was not made by the pipeline: take another --out")
+    for name in STAGES[STAGES.index(config.from_) :] if config.from_ else ():
+        notes["stages"].pop(name, None)
     return notes
 
 

@@ -45,6 +45,7 @@ from ..optim import clip_scale
 WIDTH = 110  # of a line that is printed
 QUIET = 10.0  # seconds without a line, after which a run without a progress bar prints one
 SETTINGS, ENVIRONMENT = "settings.json", "environment.json"
+SAVED = ("sums", "tokens", "skipped", "last", "looked", "best")  # of a Run's own fields, those that a checkpoint holds
 
 # What may be another at --resume: how much and how fast is trained, what is told and kept, and what has to be smaller
 # where memory was short (micro_batch_size changes the last bits). Paths, too: their contents are compared. Everything
@@ -327,7 +328,7 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
         best = None if self.best is None else self.best[1]
-        state["run"] = {name: getattr(self, name) for name in ("sums", "tokens", "skipped", "last", "looked", "best")}
+        state["run"] = {name: getattr(self, name) for name in SAVED}
         state["files"] = {path.name: path.stat().st_size for path in self._rows()}
         # Random generators are made of seed and step, and an update is never saved in the middle of its micro-batches.
         state["position"] = {"seed": self.settings.seed, "step": self.done, "micro_batch": 0}
@@ -352,15 +353,18 @@ class Run:
             told = [f"{name} was {short(theirs.get(name))} and is {short(self.identity.get(name))}" for name in other]
             raise ValueError(f"{folder} belongs to another run: {'; '.join(told)}")
         state = manifest["state"]
+        run, files = state.get("run"), state.get("files")
+        if not (isinstance(run, dict) and run.keys() == set(SAVED) and isinstance(files, dict)):
+            raise ValueError(f"{folder} is no run's checkpoint")
         for name, thing in self.holds.items():
             try:
                 thing.load_state_dict(state.get(name, {}) | _part(arrays, name))
             except (ValueError, KeyError) as error:
                 raise ValueError(f"{folder} does not fit this run: {name}: {error}") from None
-        for name, value in state["run"].items():
-            setattr(self, name, value)
+        for name in SAVED:
+            setattr(self, name, run[name])
         self.done = self.saved = manifest["step"]
-        self._cut(state["files"])
+        self._cut(files)
         print(f"resumed after update {self.done:,} of {self.total:,}, from {folder}")
 
     def _cut(self, lengths):
@@ -520,7 +524,7 @@ class Run:
             told = f"{error.strerror}, with {len(text):,} bytes to write"
             if self.saved is not None:
                 told += f"; the run can be resumed after update {self.saved:,}"
-            raise OSError(error.errno, told, file.name) from None
+            raise OSError(error.errno, told, str(file.name)) from None
 
     def _rows(self):
         """The files of rows in the run's folder, whoever of the runs that were one has written them."""
