@@ -14,6 +14,8 @@ import hashlib
 import math
 import os
 import pathlib
+import tempfile
+import threading
 
 import numba
 import numpy as np
@@ -46,41 +48,61 @@ BLOCK = 64
 ROWS, LANES = 4, 16
 
 # 'nnan' and 'ninf' are left out: where a NaN goes in, a NaN has to come out.
-_FLAGS = {"reassoc", "contract", "nsz", "arcp"}
+_OPTIONS = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy"}
 
 
-def _cache_dir():
-    """Numba's cache is keyed by the file that defines a function, so an edit of this file, whose helpers are inlined in
-    all the others, would go unseen. Therefore this file's hash names the folder."""
-    root = os.environ.get("NUMBA_CACHE_DIR") or pathlib.Path(__file__).with_name("__pycache__")
-    return str(pathlib.Path(root, "numba-" + hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:12]))
+@functools.cache
+def _cache_root():
+    """The folder for compiled kernels: NUMBA_CACHE_DIR, else one beside this file, else, where the installation belongs
+    to somebody else, the user's cache. OSError that says so: it can not be written."""
+    given, home = os.environ.get("NUMBA_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    roots = [given] if given else [pathlib.Path(__file__).with_name("__pycache__"), pathlib.Path(home, "minillm")]
+    for root in map(pathlib.Path, roots):
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=root):
+                return root
+        except OSError as error:
+            wrong = error
+    told = f"{wrong.strerror}: compiled kernels are kept there; set NUMBA_CACHE_DIR to a folder that can be written"
+    raise OSError(wrong.errno, told, str(root))
 
 
-def _njit(function, folder="", **options):
-    """numba.njit with this project's options; compiled at the first call for each dtype and cached on disk."""
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _cache_dir() + folder
-    try:
-        return numba.njit(cache=True, nogil=True, fastmath=_FLAGS, error_model="numpy", **options)(function)
-    finally:
-        numba.config.CACHE_DIR = before
+def _cached(function, folder, **options):
+    """A kernel; compiled at the first call for each dtype and cached on disk, in a folder of its own for each version
+    of this file, whose functions are part of the kernels."""
+    digest = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:12]
+    with _config:
+        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(_cache_root() / f"numba-{digest}{folder}")
+        try:
+            return numba.njit(cache=True, **_OPTIONS, **options)(function)
+        finally:
+            numba.config.CACHE_DIR = before
+
+
+_config = threading.Lock()
 
 
 def jit(function, **options):
     """A function that kernels call. It becomes part of each of them: called, it would be optimised apart from them in
     the process that compiles, and together with them in those that read the cache, and round in two ways."""
-    return _njit(function, forceinline=True, **options)
+    return numba.njit(forceinline=True, **_OPTIONS, **options)(function)
 
 
 def prange_jit(function):
     """A kernel, whose `prange` loops run on all threads, or inside `one_thread` on the one that calls. Iterations must
     be independent: no sum may cross them."""
-    # The options are no part of the cache's key, so what is compiled both ways needs two folders.
-    parallel, serial = _njit(function, "-parallel", parallel=True), _njit(function)
+
+    @functools.cache
+    def compiled(alone):
+        # The options are no part of the cache's key, so what is compiled both ways needs two folders.
+        return _cached(function, "") if alone else _cached(function, "-parallel", parallel=True)
 
     @functools.wraps(function)
     def run(*arguments):
-        return (serial if _alone.get() else parallel)(*arguments)
+        return compiled(_alone.get())(*arguments)
 
+    run.compiled = compiled
     return run
 
 

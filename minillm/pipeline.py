@@ -132,11 +132,11 @@ SIZES = {
 # What changes where the data are one's own: texts are longer, and nothing is known about them.
 OWN = {
     "tokenizer": {"vocab_size": 4096, "validation": 0.02},
-    "pretrain": {"length": 256, "batch_size": 8, "tokens": 3_500_000},
-    "sft": {"length": 256, "batch_size": 16, "epochs": 2.0, "replay_share": 0.25},
-    "reward": {"length": 256, "micro_batch_size": 8, "epochs": 2.0, "held_out": 0.1},
+    "pretrain": {"length": 256, "batch_size": 8, "tokens": 5_000_000, **SHARED},
+    "sft": {"length": 256, "batch_size": 16, "epochs": 3.0, "replay_share": 0.25, **SHARED},
+    "reward": {"length": 256, "micro_batch_size": 8, "epochs": 2.0, "lr": 3e-4, "held_out": 0.1, **SHARED},
     "ppo": {"episodes": 1024},
-    "dpo": {"length": 256, "micro_batch_size": 8},
+    "dpo": {"length": 256, "micro_batch_size": 8, **SHARED},
 }
 # The options for data of one's own, and the atlas's file of that kind.
 OWN_DATA = {
@@ -183,6 +183,11 @@ class PipelineConfig:
             missing = [f"--{name.replace('_', '-')}" for name, there in given.items() if not there]
             missing = " and ".join(missing) + (" are" if len(missing) > 1 else " is")
             raise ValueError(f"with data of your own, {missing} needed, too")
+
+    @property
+    def repeated(self):
+        """The stages that --from repeats."""
+        return STAGES[STAGES.index(self.from_) :] if self.from_ else ()
 
     @property
     def own_data(self):
@@ -466,7 +471,7 @@ def run(config):
 
 def _stages(config):
     notes = read_notes(config)
-    for name in STAGES[STAGES.index(config.from_) :] if config.from_ else ():
+    for name in config.repeated:
         shutil.rmtree(config.out / name, ignore_errors=True)
     write_json(config.out / NOTES, notes)
     for number, name in enumerate(STAGES, 1):
@@ -513,7 +518,7 @@ def read_notes(config):
         notes["settings"] = settings
     elif config.out.exists() and any(there.name != LOCK for there in config.out.iterdir()):
         raise ValueError(f"{config.out} is not empty, and was not made by the pipeline: take another --out")
-    for name in STAGES[STAGES.index(config.from_) :] if config.from_ else ():
+    for name in config.repeated:
         notes["stages"].pop(name, None)
     return notes
 

@@ -46,6 +46,8 @@ AREAS = {
     "minillm/optim.py": ["tests/test_optim.py"],
     "minillm/lora.py": ["tests/test_lora.py"],
     "minillm/trainers/common.py": TRAINERS,
+    "minillm/checkpoint.py": ["tests/test_checkpoint.py"],
+    "minillm/trainers/run.py": ["tests/test_resume.py", "tests/test_trainers.py"],
     "minillm/trainers/pretrain.py": TRAINERS,
     "minillm/trainers/sft.py": TRAINERS,
     "minillm/trainers/reward.py": TRAINERS,
@@ -205,11 +207,11 @@ FAULTS = {
     ],
     "kernels/swiglu.py": [
         (
-            "g[f] * b[f] * s * (one + a[f] * (one - s))",
-            "g[f] * b[f] * s * (one + a[f])",
+            "gs * b[f] * (one + a[f] * (one - s))",
+            "gs * b[f] * (one + a[f])",
             "swiglu: silu' without the factor 1 - s",
         ),
-        ("to_up[f] = g[f] * a[f] * s", "to_up[f] = g[f] * b[f] * s", "swiglu: gate and up swapped in dup"),
+        ("to_up[f] = gs * a[f]", "to_up[f] = gs * b[f]", "swiglu: gate and up swapped in dup"),
     ],
     "kernels/gelu.py": [
         ("6 * _ROOT * _CUBE", "2 * _ROOT * _CUBE", "gelu: the derivative of x^3 without its 3"),
@@ -336,7 +338,45 @@ FAULTS = {
             "side_by_side: a sequence sees those before it in its row",
         ),
         ("np.flatnonzero(mask[1:])", "np.flatnonzero(mask[:-1])", "log_probabilities: of the next token"),
+    ],
+    "minillm/trainers/run.py": [
         ("        optimizer.zero_grad()\n", "", "update: the gradient is not cleared"),
+        ('        self._cut(state["files"])\n', "", "resume: rows behind the checkpoint stay, and come twice"),
+        ("if self.looked is None:", "if True:", "resume: the evaluation before the first update is made again"),
+        ('SAVED = ("sums", ', "SAVED = (", "checkpoint: what is not yet logged is lost"),
+        ("for step in range(self.done, self.total):", "for step in range(self.total):", "resume: begins at step 0"),
+        ("os.fsync(file.fileno())", "pass", "checkpoint: rows may be younger on the disk than it says"),
+        (
+            "            raise ValueError(f\"{folder} belongs to another run: {'; '.join(told)}\")\n",
+            "",
+            "resume: another tokenizer or other weights are taken without a word",
+        ),
+        (
+            "self.best is None or sign * value >= sign * self.best[0]",
+            "self.best is None or value >= self.best[0]",
+            "best: the largest, also where less is better",
+        ),
+        (
+            'CHANGEABLE = {\n    *("lr",',
+            'CHANGEABLE = {\n    *("batch_size", "lr",',
+            "resume: with batches of another size",
+        ),
+    ],
+    "minillm/checkpoint.py": [
+        (
+            "            _take_name(new, folder)\n",
+            "            new.rename(folder)\n",
+            "save: of a step that exists fails",
+        ),
+        (
+            'if array.dtype.kind in "fc" and not',
+            'if array.dtype.kind in "c" and not',
+            "save: infinite weights are saved",
+        ),
+        ('        if found != written["sha256"]:', "        if False:", "read: a flipped bit is not seen"),
+        ("if not _inside(path.parent, name):", "if False:", "read: a manifest's names lead out of the folder"),
+        ("before[-self.keep :]", "before[: self.keep]", "rotation: keeps the oldest"),
+        ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "lock: two may have it"),
     ],
     "minillm/trainers/pretrain.py": [
         (
@@ -408,8 +448,8 @@ FAULTS = {
             "only: stopped on held-out questions",
         ),
         (
-            "for name in STAGES[STAGES.index(config.from_) :]:",
-            "for name in STAGES[STAGES.index(config.from_) + 1 :]:",
+            "STAGES[STAGES.index(self.from_) :]",
+            "STAGES[STAGES.index(self.from_) + 1 :]",
             "from: the stage itself is not repeated",
         ),
         (

@@ -183,6 +183,6 @@ def test_kernels_run_on_one_thread_inside_shares_and_on_all_outside():
 
 def test_serial_and_parallel_kernels_have_a_cache_each():
     """Numba's cache does not tell them apart, so one cache for both would give either of them for the other."""
-    count = jit.prange_jit(lambda x: x)
-    serial, parallel = (cell.cell_contents for cell in count.__closure__ if hasattr(cell.cell_contents, "stats"))
+    kernel = jit.prange_jit(lambda x: x)
+    serial, parallel = kernel.compiled(True), kernel.compiled(False)
     assert Path(serial.stats.cache_path).parent != Path(parallel.stats.cache_path).parent

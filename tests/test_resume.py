@@ -6,6 +6,9 @@ import importlib.util
 import itertools
 import json
 import os
+import re
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -544,3 +547,85 @@ def test_resume_alone_takes_the_options_of_the_run(world, tmp_path, status_of, c
     assert parsed == here
     parsed = module.parse(pretrain.PretrainConfig, "", [f"--out={here.out}", "--resume", "True", "--lr", "0.5"])
     assert parsed == dataclasses.replace(here, lr=0.5)
+
+
+def only_checkpoint(change):
+    """Leaves one checkpoint, and changes one of its files: change(the folder)."""
+
+    def spoil(out):
+        *others, last = Checkpoints(out / "checkpoints").steps()
+        for step in others:
+            shutil.rmtree(out / f"checkpoints/step-{step:08}")
+        change(out / f"checkpoints/step-{last:08}")
+
+    return spoil
+
+
+def edited(name, old, new):
+    def change(folder):
+        text = (folder / name).read_bytes()
+        assert text.count(old) == 1
+        (folder / name).write_bytes(text.replace(old, new))
+
+    return change
+
+
+BEGIN_AGAIN = "begin again, without --resume"
+FOUND = "its SHA-256 is not the one that it was written with"
+DAMAGED = [  # (what happened to the run's folder, more options, exit code, the last line)
+    (edited("settings.json", b'"lr"', b'"lrr"'), [], 2, "OUT/settings.json: no key 'lrr'; perhaps you meant lr"),
+    (edited("settings.json", b'"seed": 0', b'"seed": "x"'), [], 2,
+     "OUT/settings.json: --seed has to be a whole number, and is x"),
+    (lambda out: (out / "settings.json").write_text("[]"), [], 2,
+     "OUT/settings.json is not a readable JSON object: it is a list"),
+    (lambda out: (out / "settings.json").unlink(), ["--data", "data"], 1,
+     "OUT has no settings.json: there is no run to resume"),
+    (lambda out: None, ["--overwrite", "True"], 2,
+     "--resume goes on with what --overwrite would remove: only one of them can be meant"),
+    (lambda out: None, ["--hidden-size", "32"], 1,
+     "OUT can not be resumed with other settings: --hidden-size was 16 and is 32"),
+    (lambda out: None, ["--batch-size", "2", "--seed", "5"], 1,
+     "OUT can not be resumed with other settings: --seed was 0 and is 5; --batch-size was 4 and is 2"),
+    (lambda out: (out / ".lock").write_text('{"pid": 7, "host": "elsewhere"}'), [], 1,
+     "OUT is in use by process 7 on elsewhere: if that has ended, delete OUT/.lock"),
+    (only_checkpoint(edited("manifest.json", b'"format": 1,', b'"format": 3,')), [], 1,
+     f"no checkpoint in OUT/checkpoints is whole (STEP/manifest.json is damaged: {FOUND}): {BEGIN_AGAIN}"),
+    (only_checkpoint(lambda folder: (folder / "model.safetensors").unlink()), [], 1,
+     "no checkpoint in OUT/checkpoints is whole (STEP/model.safetensors is missing: the checkpoint is not whole): "
+     + BEGIN_AGAIN),
+    (only_checkpoint(edited("config.json", b'"vocab_size"', b'"vocab_sise"')), [], 1,
+     f"no checkpoint in OUT/checkpoints is whole (STEP/config.json is damaged: {FOUND}): {BEGIN_AGAIN}"),
+    (only_checkpoint(lambda folder: (folder / "training.safetensors").write_bytes(b"")), [], 1,
+     "no checkpoint in OUT/checkpoints is whole (STEP/training.safetensors has 0 bytes, and was written with SIZE): "
+     + BEGIN_AGAIN),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stopped(world, tmp_path_factory):
+    return stopped_run(world, tmp_path_factory.mktemp("stopped") / "out").out
+
+
+@pytest.mark.parametrize("happened, options, code, line", DAMAGED, ids=lambda x: x[:60] if isinstance(x, str) else "")
+def test_a_run_that_can_not_be_resumed_is_one_line(happened, options, code, line, stopped, tmp_path, status_of):
+    out = tmp_path / "out"
+    shutil.copytree(stopped, out)
+    happened(out)
+    main = lambda: runpy.run_path(str(ROOT / "scripts/pretrain.py"), run_name="__main__")
+    status, _, err = status_of(main, "pretrain.py", "--out", out, "--resume", *options)
+    told = re.sub(r"with [\d,]+\)", "with SIZE)", err.replace(f"{out}/checkpoints/step-00000004", "STEP"))
+    *warnings, last = told.replace(str(out), "OUT").splitlines()
+    assert (status, last) == (code, f"pretrain.py: {line}")
+    assert all(warning.startswith("WARNING: ") for warning in warnings) and "Traceback" not in err
+
+
+@pytest.mark.parametrize("cache", ["/dev/null/cache", "file"])
+def test_kernels_that_can_not_be_kept_are_told_before_anything_is_trained(cache, world, tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    here = tmp_path / cache
+    options = ["--data", world / "data", "--out", tmp_path / "out", "--tokens", "100", "--length", "24"]
+    process = script(ROOT / "scripts/pretrain.py", *options, env=os.environ | {"NUMBA_CACHE_DIR": str(here)})
+    _, err = process.communicate(timeout=60)
+    told = "compiled kernels are kept there; set NUMBA_CACHE_DIR to a folder that can be written"
+    assert process.returncode == 1 and err.startswith(f"pretrain.py: {here}: ") and err.endswith(f": {told}\n"), err
+    assert err.count("\n") == 1
