@@ -341,7 +341,7 @@ FAULTS = {
     ],
     "minillm/trainers/run.py": [
         ("        optimizer.zero_grad()\n", "", "update: the gradient is not cleared"),
-        ('        self._cut(state["files"])\n', "", "resume: rows behind the checkpoint stay, and come twice"),
+        ("        self._cut(files)\n", "", "resume: rows behind the checkpoint stay, and come twice"),
         ("if self.looked is None:", "if True:", "resume: the evaluation before the first update is made again"),
         ('SAVED = ("sums", ', "SAVED = (", "checkpoint: what is not yet logged is lost"),
         ("for step in range(self.done, self.total):", "for step in range(self.total):", "resume: begins at step 0"),
