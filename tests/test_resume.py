@@ -279,8 +279,8 @@ def test_learning_rate_and_length_of_a_run_may_change_and_are_told(world, tmp_pa
     here = stopped_run(world, tmp_path / "out")
     pretrain.train(dataclasses.replace(here, lr=1e-4, tokens=12 * 4 * 24))
     told = capsys.readouterr().out
-    assert "other settings than before: " in told
-    assert "--lr was 0.004 and is 0.0001" in told and "--tokens was 864 and is 1152" in told
+    assert "another setting than before: --lr was 0.004 and is 0.0001\n" in told
+    assert "another setting than before: --tokens was 864 and is 1152\n" in told
     noted = json.loads((here.out / "environment.json").read_text(encoding="utf-8"))
     assert noted["resumed"][0]["changed"] == {"lr": [0.004, 0.0001], "tokens": [864, 1152]}
     rows = left(here.out)["metrics.jsonl"]
@@ -319,6 +319,8 @@ def test_other_data_and_another_tokenizer_are_refused_by_name(world, tmp_path):
     (other / "tokenizer.json").write_text(text + " ", encoding="utf-8")
     with pytest.raises(ValueError, match=r"step-00000004 belongs to another run: tokenizer was [0-9a-f]{12}… and is"):
         pretrain.train(here)
+    noted = json.loads((here.out / "settings.json").read_text(encoding="utf-8"))
+    assert noted["data"] == str(world / "data")  # what was refused is not written down
 
 
 def test_other_weights_to_start_from_are_refused(world, tmp_path):

@@ -24,7 +24,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -37,7 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import __version__
-from ..checkpoint import LOCK, Checkpoints, NotFinite, locked, read, sha256, write_json
+from ..checkpoint import LOCK, Checkpoints, NotFinite, delete, locked, read, sha256, write_json
 from ..extras import extra
 from ..files import check_keys, read_object
 from ..optim import clip_scale
@@ -113,17 +112,21 @@ def claim(settings):
         extra("tensorboardX", "log")
     check_out(settings)
     out.mkdir(parents=True, exist_ok=True)
-    changed = {}
     if settings.resume and (out / SETTINGS).exists():
-        changed = _changed(settings)
-    else:
-        if settings.resume:
-            print(f"there is no run in {out} yet: it begins now")
-        for path in out.iterdir():
-            if path.name != LOCK:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    write_json(out / SETTINGS, dataclasses.asdict(settings))
-    _note_environment(out / ENVIRONMENT, changed)
+        _changed(settings)
+        return  # what is another now is written down when the checkpoint has been found to fit
+    if settings.resume:
+        print(f"there is no run in {out} yet: it begins now")
+    for path in out.iterdir():
+        if path.name != LOCK:
+            delete(path)
+    _write_down(settings, {})
+
+
+def _write_down(settings, changed):
+    """settings.json, and in environment.json what the run runs on and what `changed` since it began."""
+    write_json(settings.out / SETTINGS, dataclasses.asdict(settings))
+    _note_environment(settings.out / ENVIRONMENT, changed)
 
 
 def _changed(settings):
@@ -135,12 +138,7 @@ def _changed(settings):
     told = {name: f"--{name.replace('_', '-')} was {a} and is {b}" for name, (a, b) in changed.items()}
     if wrong := [line for name, line in told.items() if name not in CHANGEABLE | paths]:
         raise ValueError(f"{settings.out} can not be resumed with other settings: {'; '.join(wrong)}")
-    for name in ("resume", "overwrite"):
-        changed.pop(name, None)
-        told.pop(name, None)
-    if told:
-        print(f"other settings than before: {'; '.join(told.values())}")
-    return changed
+    return {name: pair for name, pair in changed.items() if name not in ("resume", "overwrite")}
 
 
 def read_settings(kind, path):
@@ -284,14 +282,14 @@ class Run:
     def __exit__(self, kind, error, trace):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if kind is None and self.signal is not None:  # it came after the last update
-            raise Stopped(self.signal, f"{signal.Signals(self.signal).name}: stopped; go on with --resume")
         for thing in (self.bar, self.board, self.stack):
             with contextlib.suppress(OSError):  # of a full disk, which has been told
                 if thing is not None:
                     thing.close()
         if isinstance(error, MemoryError):
             raise MemoryError(self._memory(error)) from None
+        if kind is None and self.signal is not None:  # it came after the last update
+            raise Stopped(self.signal, f"{signal.Signals(self.signal).name}: stopped; go on with --resume")
 
     def _memory(self, error):
         """What took the memory, and what to lower."""
@@ -343,8 +341,14 @@ class Run:
         if found is None:
             print("there is no checkpoint yet: the run begins at its first update")
             self._cut({})
-            return
-        manifest, arrays = found
+        else:
+            self._restore(*found)
+        changed = _changed(self.settings)
+        for name, (was, now) in changed.items():
+            print(f"another setting than before: --{name.replace('_', '-')} was {was} and is {now}")
+        _write_down(self.settings, changed)
+
+    def _restore(self, manifest, arrays):
         folder = self.checkpoints.path(manifest["step"])
         theirs = manifest["identity"]
         other = [name for name in self.identity | theirs if self.identity.get(name) != theirs.get(name)]
