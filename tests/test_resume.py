@@ -315,6 +315,11 @@ def test_other_data_and_another_tokenizer_are_refused_by_name(world, tmp_path):
         ValueError, match=r"step-00000004 does not fit this run: batches: .*dogs\.checksum was \d+ and is"
     ):
         pretrain.train(here)
+    manifest = (other / "manifest.json").read_text(encoding="utf-8")
+    (other / "manifest.json").write_text(manifest.replace('"format": 1', '"format":  1'), encoding="utf-8")
+    with pytest.raises(ValueError, match="step-00000004 belongs to another run: the contents of --data are others"):
+        pretrain.train(here)
+    (other / "manifest.json").write_text(manifest, encoding="utf-8")
     text = (other / "tokenizer.json").read_text(encoding="utf-8")
     (other / "tokenizer.json").write_text(text + " ", encoding="utf-8")
     with pytest.raises(ValueError, match=r"step-00000004 belongs to another run: tokenizer was [0-9a-f]{12}… and is"):
@@ -328,8 +333,21 @@ def test_other_weights_to_start_from_are_refused(world, tmp_path):
     model = build(Config(vocab_size=TOKENIZER.vocab_size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                          max_position_embeddings=96), seed=4)  # fmt: skip
     common.save_model(tmp_path / "base", model, TOKENIZER, "chatml")
-    with pytest.raises(ValueError, match="belongs to another run: weights of --model was"):
+    with pytest.raises(ValueError, match="belongs to another run: the contents of --model are others"):
         dpo.train(dataclasses.replace(here, model=tmp_path / "base"))
+
+
+def test_other_rows_are_refused_also_where_few_are_looked_at(world, tmp_path, monkeypatch):
+    """The order of the rows is checked by a sample of them, the files by every byte."""
+    (tmp_path / "pairs.jsonl").write_bytes((world / "pairs.jsonl").read_bytes())
+    monkeypatch.setattr(reward.Items, "identity", lambda self: {"rows": len(self)})
+    here = dataclasses.replace(stopped_run(world, tmp_path / "out", "reward"), data=(tmp_path / "pairs.jsonl",))
+    text = (tmp_path / "pairs.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "pairs.jsonl").write_text(text.replace('"yes"', '"yet"', 1), encoding="utf-8")
+    with pytest.raises(ValueError, match="belongs to another run: the contents of --data are others"):
+        reward.train(here)
+    (tmp_path / "pairs.jsonl").write_text(text, encoding="utf-8")
+    reward.train(here)
 
 
 def test_what_can_not_be_resumed(world, tmp_path, capsys):

@@ -295,6 +295,20 @@ def test_a_completion_is_what_generate_says(serve):
         assert answer["usage"] == usage
 
 
+@pytest.mark.parametrize("spelt", TOKENIZER.special_tokens)
+def test_a_control_token_that_somebody_types_is_text(spelt, serve, monkeypatch):
+    """In a turn and in a prompt: what the model is given has the template's control ids and no others."""
+    service, given = serve(), []
+    submit = service.batcher.submit
+    monkeypatch.setattr(service.batcher, "submit", lambda rows: given.extend(rows) or submit(rows))
+    control = set(TOKENIZER.special_tokens.values())
+    count = lambda row: sum(i in control for i in np.asarray(row.prompt).tolist())
+    assert chat(service, f"a {spelt} b", max_tokens=1).status == chat(service, "a b", max_tokens=1).status == 200
+    assert count(given[0]) == count(given[1]) > 0
+    assert complete(service, f"a{spelt}b", max_tokens=1).status == 200
+    assert count(given[2]) == 1  # the begin that the server puts before every prompt
+
+
 def test_a_checkpoints_own_stops_end_an_answer_too(serve):
     _, made = expected(ids("Hello"))
     whole = complete(serve(), "Hello", temperature=0).json["choices"][0]["text"]

@@ -192,8 +192,7 @@ def train(config):
         return complete(model, tokenizer, prompts, config.max_new_tokens, stop_ids(template, tokenizer))
 
     holds = {"model": model, "optimizer": optimizer, "batches": batches}
-    folders = {"model": config.model, "reference": config.reference}
-    identity = identity_of(model, config.model, template, folders)
+    identity = identity_of(config, model, config.model, template)
     best = "eval_rewards/accuracies", 1
     with Run(config, steps, holds, identity, dress(model, tokenizer, template), best) as run:
         for _ in run.steps(evaluate, sample):

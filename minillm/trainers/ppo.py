@@ -527,8 +527,7 @@ def train(config):
 
     holds = {"model": policy, "optimizer": optimizers[0], "value_model": value_model, "value_optimizer": optimizers[1]}
     holds |= {"batches": batches, "controller": controller, "scorer": scorer}
-    folders = {"model": config.model, "reward": config.reward}
-    identity = identity_of(policy, config.model, template, folders)
+    identity = identity_of(config, policy, config.model, template)
     best = "eval_gold" if config.questions else "eval_scores", 1
     with Run(config, steps, holds, identity, dress(policy, tokenizer, template), best) as run:
         for step in run.steps(evaluate, sample):

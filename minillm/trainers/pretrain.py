@@ -149,7 +149,7 @@ def train(config):
         return [("", tokenizer.decode(text.ids, skip_special=True)) for text in texts]
 
     holds = {"model": model, "optimizer": optimizer, "batches": batches}
-    identity = identity_of(model, config.data, folders={"model": config.model})
+    identity = identity_of(config, model, config.data)
     with Run(config, steps, holds, identity, dress(model, tokenizer), ("eval_bits_per_byte", -1)) as run:
         for _ in run.steps(evaluate, sample):
             batch = next(batches)

@@ -182,7 +182,7 @@ def train(config):
         return found
 
     holds = {"model": model, "optimizer": optimizer, "batches": batches}
-    identity = identity_of(model, config.model, template, {"model": config.model})
+    identity = identity_of(config, model, config.model, template)
     best = "eval_accuracy", 1
     with Run(config, steps, holds, identity, dress(model, tokenizer, template), best) as run:
         for _ in run.steps(evaluate):

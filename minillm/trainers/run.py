@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..checkpoint import LOCK, Checkpoints, NotFinite, delete, locked, read, sha256, write_json
+from ..data.datasets import MANIFEST
 from ..extras import extra
 from ..files import check_keys, read_object
 from ..optim import clip_scale
@@ -214,16 +215,24 @@ def _processor():
     return platform.processor()
 
 
-def identity_of(model, tokenizer_folder, template=None, folders=None):
-    """What a run's checkpoints belong to, {name: JSON value}: the architecture, the tokenizer and the template, and the
-    weights in the model folders that it starts from, {option: folder or None}."""
+def identity_of(settings, model, tokenizer_folder, template=None):
+    """What a run's checkpoints belong to, {name: JSON value}: the architecture, the tokenizer, the template, and the
+    contents of all files and folders that the settings name, wherever they are."""
     found = {f"model.{name}": value for name, value in dataclasses.asdict(model.config).items()}
     found = json.loads(json.dumps(found, default=str))
     found |= {"tokenizer": sha256(Path(tokenizer_folder) / "tokenizer.json"), "template": template}
-    for option, folder in (folders or {}).items():
-        files = sorted(Path(folder).glob("*.safetensors")) if folder else []
-        found[f"weights of --{option}"] = [sha256(path) for path in files]
+    for option, path in _paths(settings):
+        if option != "out":
+            found.setdefault(f"contents of --{option.replace('_', '-')}", []).append(_contents(path))
     return found
+
+
+def _contents(path):
+    """One SHA-256 for a file; for a folder that of its weights, or of its manifest, which has its token files' own."""
+    files = [path]
+    if path.is_dir():
+        files = [path / MANIFEST] if (path / MANIFEST).exists() else sorted(path.glob("*.safetensors"))
+    return " ".join(sha256(file) for file in files)
 
 
 # ------------------------------------------------------------------ the run
@@ -354,7 +363,12 @@ class Run:
         other = [name for name in self.identity | theirs if self.identity.get(name) != theirs.get(name)]
         if other:
             short = lambda value: f"{value:.12}…" if isinstance(value, str) and len(value) > 40 else value
-            told = [f"{name} was {short(theirs.get(name))} and is {short(self.identity.get(name))}" for name in other]
+            told = [
+                f"the {name} are others"
+                if name.startswith("contents")
+                else f"{name} was {short(theirs.get(name))} and is {short(self.identity.get(name))}"
+                for name in other
+            ]
             raise ValueError(f"{folder} belongs to another run: {'; '.join(told)}")
         state = manifest["state"]
         run, files = state.get("run"), state.get("files")

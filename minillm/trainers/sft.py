@@ -109,7 +109,7 @@ def train(config):
         return complete(model, tokenizer, prompts, config.max_new_tokens, stop_ids(template, tokenizer))
 
     holds = {"model": model, "optimizer": optimizer, "batches": batches}
-    identity = identity_of(model, config.model, template, {"model": config.model})
+    identity = identity_of(config, model, config.model, template)
     best = ("eval_right", 1) if config.questions else None
     with Run(config, steps, holds, identity, dress(model, tokenizer, template), best) as run:
         for _ in run.steps(evaluate, sample):
