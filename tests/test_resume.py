@@ -29,6 +29,15 @@ TOKENIZER = Tokenizer.train([], SMALLEST_VOCABULARY)
 OFTEN = {"save_every": 2, "save_minutes": 0.0, "log_every": 3, "eval_every": 4, "samples": 1}
 
 
+@pytest.fixture(autouse=True)
+def signals_are_heard():
+    """Here and in the processes started from here, also where the tests run in the background of a shell, which has its
+    jobs ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Killed(BaseException):
     """As good as SIGKILL: nobody catches it, and nobody tidies up."""
 
@@ -183,6 +192,17 @@ def test_the_second_signal_leaves_at_once(world, tmp_path, monkeypatch):
     assert stopped.value.code == 130 and done == [0, 1, 2, 3, 4]
     assert Checkpoints(tmp_path / "out/checkpoints").steps() == [2, 4]  # nothing was saved for it
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_that_is_ignored_stays_so(world, tmp_path, monkeypatch):
+    """A run under nohup, or in a shell's background, is not ended by a Ctrl-C that was meant for something else."""
+    update = run.Run.update
+    monkeypatch.setattr(
+        run.Run, "update", lambda *args, **kw: (signal.raise_signal(signal.SIGINT), update(*args, **kw))
+    )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pretrain.train(config(world, "pretrain", tmp_path / "out"))
+    assert Checkpoints(tmp_path / "out/checkpoints").steps()[-1] == 9
 
 
 # ------------------------------------------------------------------ killed in the middle

@@ -285,7 +285,8 @@ class Run:
         )
         if threading.current_thread() is threading.main_thread():  # elsewhere signals can not be heard
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self._hear)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and shells' background jobs have it
+                    self.handlers[number] = signal.signal(number, self._hear)
         return self
 
     def __exit__(self, kind, error, trace):
