@@ -146,7 +146,7 @@ MALFORMED = {  # reader, row, reason
     "preference 2": (C.read_preferences, GOOD | {"preference": 2}, "preference is a probability, and is 2"),
     "not JSON": (C.read_preferences, '{"prompt": "a"', "not JSON: "),
     "a list": (C.read_conversations, "[1]", "a list, where an object like"),
-    "twice": (C.read_prompts, '{"prompt": "a", "prompt": "b"}', "key 'prompt' occurs twice"),
+    "twice": (C.read_prompts, '{"prompt": "a", "prompt": "b"}', "the key 'prompt' occurs twice"),
 }  # fmt: skip
 
 

@@ -469,7 +469,7 @@ def test_sft_writes_the_best_evaluations_model(keep_best, kept, tmp_path, monkey
         out=tmp_path / "out",
         model=tmp_path / "base",
         data=(write(tmp_path / "rows.jsonl", rows),),
-        questions=tmp_path / "dev.jsonl",
+        questions=write(tmp_path / "dev.jsonl", []),
         keep_best=keep_best,
         packing="pad",
         length=64,
@@ -485,7 +485,7 @@ def test_sft_writes_the_best_evaluations_model(keep_best, kept, tmp_path, monkey
     for i, flat in enumerate(seen):
         assert np.array_equal(load_pretrained(tmp_path / "out").flat, flat) == (i == kept)
     assert np.array_equal(model.flat, seen[kept])
-    told = "kept: the model after update 4 of 6, with 60.0% of the questions right"
+    told = "kept: the model after update 4 of 6, with eval_right 0.6000"
     assert (told in capsys.readouterr().out) == keep_best
 
 

@@ -335,7 +335,7 @@ def test_folders_that_can_not_be_used_are_named(tmp_path):
     with pytest.raises(ValueError, match="no end-of-text token"):
         common.load_tokenizer(tmp_path / "empty")
     (tmp_path / "empty/tokenizer_config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="empty: the tokenizer: "):
+    with pytest.raises(ValueError, match=r"empty/tokenizer_config\.json is not a readable JSON object"):
         common.load_tokenizer(tmp_path / "empty")
     larger = Tokenizer.train(phrases(50), V + 20)
     common.save_model(tmp_path / "m", small(), TOKENIZER)
