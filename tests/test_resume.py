@@ -488,6 +488,21 @@ def test_what_a_run_was_made_with_stands_beside_it(world, tmp_path):
     assert settings.keys() == vars(here).keys() and settings["seed"] == 0  # what was left to its default, too
 
 
+def test_rows_are_on_the_disk_before_the_checkpoint_that_counts_them(world, tmp_path, monkeypatch):
+    """After a power failure a checkpoint must not know of rows that the disk has not."""
+    synced, fsync, save = [], os.fsync, run.Checkpoints.save
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_ino), fsync(handle)))
+
+    def saving(self, step, arrays, state, *rest):
+        written = {path.stat().st_ino: path.name for path in (tmp_path / "out").glob("*.jsonl")}
+        assert set(written) <= set(synced) and set(written.values()) == state["files"].keys()
+        synced.clear()
+        return save(self, step, arrays, state, *rest)
+
+    monkeypatch.setattr(run.Checkpoints, "save", saving)
+    pretrain.train(config(world, "pretrain", tmp_path / "out"))
+
+
 def test_a_checkpoint_is_a_model_folder(world, tmp_path):
     here = config(world, "sft", tmp_path / "out")
     model, _ = sft.train(here)
