@@ -570,12 +570,11 @@ KILLS, ASKS = [signal.SIGKILL], [signal.SIGINT, signal.SIGTERM]
 @pytest.mark.parametrize(
     "kinds, times, updates",
     [
-        (KILLS, 2, 40),
-        (ASKS, 2, 40),
+        (KILLS + ASKS, 3, 20),
         pytest.param(KILLS, 50, 500, marks=pytest.mark.slow),
         pytest.param(ASKS, 20, 300, marks=pytest.mark.slow),
     ],
-    ids=["killed", "asked", "killed-50-times", "asked-20-times"],
+    ids=["three-times", "killed-50-times", "asked-20-times"],
 )
 def test_a_script_that_is_stopped_again_and_again_ends_the_same(kinds, times, updates, world, tmp_path):
     pretrain.train(often(world, tmp_path / "straight", updates))
