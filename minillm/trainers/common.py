@@ -22,7 +22,8 @@ from ..autograd import no_grad
 from ..chat import TEMPLATES, load_template, noted_template
 from ..checkpoint import NotFinite, write_json
 from ..data.pack import Batch, best_fit_rows
-from ..hub import check_vocabulary, load_pretrained, read_config, read_object, save_pretrained
+from ..files import read_object
+from ..hub import check_vocabulary, load_pretrained, read_config, save_pretrained
 from ..kernels.device import to_host
 from ..model import build
 from ..optim import AdamW, cosine_schedule, linear_schedule

@@ -304,13 +304,13 @@ class Run:
     def _memory(self, error):
         """What took the memory, and what to lower."""
         s, model = self.settings, self.holds.get("model")
-        rows = getattr(s, "micro_batch_size", 0) or getattr(s, "minibatch_size", 0) or s.batch_size
+        rows = s.micro_batch_size or getattr(s, "minibatch_size", 0) or s.batch_size
         length = getattr(s, "length", 0) or (model and model.config.max_position_embeddings)
         told = f"{error or 'none is left'}; {rows} rows"
         if model is not None:
             told += f" of up to {length:,} tokens were computed at once by a model of {model.flat.size:,} parameters"
             told += f" ({4 * model.flat.nbytes / 1e6:,.0f} MB with gradients and moments)"
-        return f"{told}: take a smaller --micro-batch-size (now {s.micro_batch_size or s.batch_size}) or shorter rows"
+        return f"{told}: take a smaller --micro-batch-size (now {rows}) or shorter rows"
 
     def _hear(self, number, frame):
         """The first signal ends the run after this update, the second one at once."""
