@@ -13,7 +13,19 @@ plot = ["matplotlib>=3.9"]
 log = ["tensorboardX>=2.6"]
 serve = ["starlette>=1.0", "uvicorn>=0.50"]
 evaluate = ["lm_eval[api]>=0.4.13,<0.5"]  # api: to measure a server, too
-test = ["pytest>=8.2", "hypothesis>=6.100", "pytest-timeout>=2.3.1", "setuptools>=77", *data, *plot, *log, *serve]
+# The tests compile every CUDA kernel without a GPU and count its registers: another compiler would count others.
+nvrtc = ["cuda-pathfinder>=1.3", "nvidia-cuda-nvrtc==13.0.*", "nvidia-cuda-runtime==13.0.*"]
+test = [
+    "pytest>=8.2",
+    "hypothesis>=6.100",
+    "pytest-timeout>=2.3.1",
+    "setuptools>=77",
+    *data,
+    *plot,
+    *log,
+    *serve,
+    *nvrtc,
+]
 
 setup(
     name="minillm-train",  # the name `minillm` belongs to another distribution; the import name is `minillm`

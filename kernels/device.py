@@ -25,6 +25,11 @@ def _cupy():
         raise ImportError("a GPU array needs CuPy: pip install 'minillm-train[cuda13]' (or [cuda12])") from error
 
 
+def cuda():
+    """CuPy's `cupy.cuda`: devices, streams, events and modules."""
+    return _cupy().cuda
+
+
 def to_device(x, device):
     """`x` as an array on `device`, "cpu" or "cuda". No copy where it is there already."""
     if device not in ("cpu", "cuda"):

@@ -28,6 +28,7 @@ __all__ = [
     "BLOCK",
     "LANES",
     "ROWS",
+    "cache_root",
     "contiguous",
     "exp",
     "jit",
@@ -52,7 +53,7 @@ _OPTIONS = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}, "
 
 
 @functools.cache
-def _cache_root():
+def cache_root():
     """The folder for compiled kernels: NUMBA_CACHE_DIR, else one beside this file, else, where the installation belongs
     to somebody else, the user's cache. OSError that says so: it can not be written."""
     given, home = os.environ.get("NUMBA_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
@@ -73,7 +74,7 @@ def _cached(function, folder, **options):
     of this file, whose functions are part of the kernels."""
     digest = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:12]
     with _config:
-        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(_cache_root() / f"numba-{digest}{folder}")
+        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache_root() / f"numba-{digest}{folder}")
         try:
             return numba.njit(cache=True, **_OPTIONS, **options)(function)
         finally:

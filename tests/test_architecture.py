@@ -33,8 +33,9 @@ ARROWS = {
     "kernels.device": [],
     "kernels.jit": ["kernels.device"],
     "kernels.kernel": ["kernels.device"],
+    "kernels.cuda": ["kernels.device", "kernels.jit"],
     # Nothing of another op: Numba's cache does not see an edit in a second file, and only jit.py is hashed into it.
-    OP: ["kernels.device", "kernels.jit", "kernels.kernel"],
+    OP: ["kernels.device", "kernels.jit", "kernels.kernel", "kernels.cuda"],
     "autograd": ["kernels.device"],
     "functional": ["kernels.device", OP, "autograd"],
     "optim": ["kernels.device", OP],

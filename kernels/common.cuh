@@ -1,0 +1,183 @@
+// What the CUDA kernels share: numbers, 16-byte accesses, reductions, and the tensor cores' instructions by name.
+//
+// A kernel never writes `asm`: each instruction stands here once, behind a function that says what it does. Without a
+// GPU the tests include a header of their own before this file, which gives every name below its meaning on a CPU; so a
+// kernel may use, of CUDA, what that header knows, and from this file everything.
+#pragma once
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+typedef __nv_bfloat16 bf16;
+typedef __half fp16;
+typedef unsigned int u32;
+
+constexpr u32 FULL_WARP = 0xffffffffu;
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+#define INF __int_as_float(0x7f800000)
+
+// ------------------------------------------------------------------ shared memory
+
+#ifdef __CUDACC__
+// SHARED(float, sums, 32): float sums[32], one per block. DYNAMIC_SHARED(name): its bytes given at the launch.
+#define SHARED(type, name, size) __shared__ type name[size]
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#endif
+
+// ------------------------------------------------------------------ numbers
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(fp16 x) { return __half2float(x); }
+
+template <typename T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+template <> __device__ __forceinline__ fp16 from_float<fp16>(float x) { return __float2half_rn(x); }
+
+// 16 bytes of T: the widest access a thread has. The address must be a multiple of 16.
+template <typename T> struct alignas(16) Pack {
+    static constexpr int N = 16 / sizeof(T);
+    T v[N];
+};
+
+template <typename T> __device__ __forceinline__ Pack<T> load_pack(const T* p) {
+    return *reinterpret_cast<const Pack<T>*>(p);
+}
+
+template <typename T> __device__ __forceinline__ void store_pack(T* p, const Pack<T>& x) {
+    *reinterpret_cast<Pack<T>*>(p) = x;
+}
+
+// The same for memory that is read or written once: it leaves the cache first (ld.global.cs, st.global.cs).
+template <typename T> __device__ __forceinline__ Pack<T> load_pack_streaming(const T* p) {
+    uint4 bits = __ldcs(reinterpret_cast<const uint4*>(p));
+    return *reinterpret_cast<Pack<T>*>(&bits);
+}
+
+template <typename T> __device__ __forceinline__ void store_pack_streaming(T* p, const Pack<T>& x) {
+    __stcs(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(&x));
+}
+
+// ------------------------------------------------------------------ warps and blocks
+
+// Over the `width` neighbouring lanes that share a result: 32 is the whole warp. Every lane gets it, in one order.
+template <int width = 32> __device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int lanes = width / 2; lanes; lanes /= 2) x += __shfl_xor_sync(FULL_WARP, x, lanes);
+    return x;
+}
+
+template <int width = 32> __device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int lanes = width / 2; lanes; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, lanes));
+    return x;
+}
+
+// Over a block of THREADS threads; `partial` has THREADS / 32 floats and may be used again after the next barrier.
+template <int THREADS> __device__ __forceinline__ float block_sum(float x, float* partial) {
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = 0;
+#pragma unroll
+    for (int w = 0; w < THREADS / 32; ++w) x += partial[w];
+    return x;
+}
+
+// The softmax of part of a row: its maximum, and the sum of e^(x - maximum). Two parts merge into one of their union
+// (Milakov and Gimelshein 2018, eq. 4). The empty part has maximum -inf and sum 0.
+struct Softmax {
+    float m, total;
+};
+
+__device__ __forceinline__ Softmax merge(Softmax a, Softmax b) {
+    float m = fmaxf(a.m, b.m);
+    float at = m == -INF ? 0 : m;  // two empty parts: e^(-inf - 0) is 0, e^(-inf + inf) would be NaN
+    return {m, a.total * __expf(a.m - at) + b.total * __expf(b.m - at)};
+}
+
+// ------------------------------------------------------------------ instructions
+
+#ifdef __CUDACC__
+
+// 2^x, to 2 units in the last place, results below 2^-126 flushed to 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// A 32-bit address in shared memory, which the instructions below take.
+__device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+// Two floats as two 16-bit numbers, the first in the low half: what an operand register of mma holds.
+template <typename T> __device__ __forceinline__ u32 pack_two(float low, float high);
+template <> __device__ __forceinline__ u32 pack_two<bf16>(float low, float high) {
+    __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<u32*>(&two);
+}
+template <> __device__ __forceinline__ u32 pack_two<fp16>(float low, float high) {
+    __half2 two = __floats2half2_rn(low, high);
+    return *reinterpret_cast<u32*>(&two);
+}
+
+// Four 8 x 8 matrices of 16-bit numbers from shared memory. Lane l gives the address of row l % 8 (16 bytes, aligned) of
+// matrix l / 8, and gets of each matrix the elements (l / 4, 2 (l % 4)) and the one after it.
+__device__ __forceinline__ void ldmatrix_x4(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+// The same of the transposed matrices: elements (2 (l % 4), l / 4) and the one below it.
+__device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+// c (16 x 8, float) += a (16 x 16) b (16 x 8), by a warp. With g = l / 4 and t = l % 4, lane l holds
+//     c[0..3] = c(g, 2t), c(g, 2t + 1), c(g + 8, 2t), c(g + 8, 2t + 1)
+//     a[0..3] = the pairs that start at a(g, 2t), a(g + 8, 2t), a(g, 2t + 8), a(g + 8, 2t + 8)
+//     b[0..1] = the pairs down the column that start at b(2t, g), b(2t + 8, g)
+template <typename T>
+__device__ __forceinline__ void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1);
+template <>
+__device__ __forceinline__ void mma_16x8x16<bf16>(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void mma_16x8x16<fp16>(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// 16 bytes from global to shared memory, or 16 zero bytes where `valid` is false (nothing is read then). It has arrived
+// for this thread after cp_async_wait, and for the others after the barrier behind that.
+__device__ __forceinline__ void cp_async_16(u32 shared, const void* global, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+// What was asked for since the last commit is one group; cp_async_wait<N> waits until at most the N newest are pending.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// p[0] += x and p[1] += y, each atomic; p a multiple of 8 bytes.
+__device__ __forceinline__ void atomic_add_two(float* p, float x, float y) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(x), "f"(y) : "memory");
+#else
+    atomicAdd(p, x);
+    atomicAdd(p + 1, y);
+#endif
+}
+
+#endif  // __CUDACC__

@@ -1,0 +1,254 @@
+"""
+CUDA C++ kernels: one .cu file compiled at run time for the GPU at hand, cached on disk, launched on arrays.
+
+    source = Source("rms_norm.cu", {"forward<float>": 40})
+    source.launch("forward<float>", blocks, threads, (x, y, np.int32(N), np.float32(eps)))
+
+NVRTC is called directly, not through CuPy: the same call compiles on a machine without a GPU, which is how the tests
+count the registers of every kernel, and it takes architectures that CuPy refuses (sm_90a). CuPy loads and launches.
+
+A Source lists the instances of its templates that may be launched, with the registers each may use; so there is nothing
+that a launch could ask for and the tests have not compiled. What launches is `backend`, and may be replaced: the tests
+put a CPU that plays the GPU there, and so every launcher in these files runs without one.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib
+import os
+import pathlib
+import re
+import tempfile
+from typing import NamedTuple
+
+import numpy as np
+
+from .device import cuda, xp_of
+from .jit import cache_root
+
+FOLDER = pathlib.Path(__file__).parent
+THREADS_PER_WARP = 32
+STATIC_SHARED = 48 << 10  # bytes of shared memory that a block gets without asking for more
+
+# The float types of the kernels, as NumPy and as CUDA C++ name them.
+C_TYPES = {"float32": "float", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def c_type(x):
+    """The C++ name of an array's dtype. TypeError: the CUDA kernels do not take it."""
+    name = C_TYPES.get(x.dtype.name)
+    if name is None:
+        raise TypeError(f"the CUDA kernels take {', '.join(C_TYPES)}, and this array is {x.dtype}")
+    return name
+
+
+def contiguous(x, dtype=None):
+    """x C-contiguous, in this dtype; x itself if it is that already."""
+    return xp_of(x).ascontiguousarray(x, dtype)
+
+
+def address(x):
+    """The address of an array's first element, in its device's memory."""
+    return x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
+
+
+def wide(*arrays):
+    """Whether 16-byte accesses fit all these arrays: they begin at a multiple of 16 bytes, and so do the rows."""
+    return all(
+        address(x) % 16 == 0 and x.shape[-1] * x.itemsize % 16 == 0 and all(s % 16 == 0 for s in x.strides[:-1])
+        for x in arrays
+    )
+
+
+class Source:
+    """A .cu file of this folder, and the instances of its kernels.
+
+    name       the file's name
+    instances  {"kernel<float, 64>": registers}: the C++ name of every instance that may be launched, and the most
+               registers a thread of it may use (for the tests: more would cost occupancy, or spill)
+    """
+
+    def __init__(self, name, instances):
+        self.name, self.instances, self.path = name, instances, FOLDER / name
+
+    def launch(self, instance, blocks, threads, arguments, shared=0):
+        """Run an instance on the current stream.
+
+        blocks     an int or a tuple of up to three: the grid
+        threads    an int: the threads of a block
+        arguments  arrays, whose address is passed, None for a null pointer, and NumPy scalars of the kernel's types. A
+                   Python number is refused: it would be passed as 8 bytes, whatever the kernel reads
+        shared     bytes of dynamic shared memory
+        """
+        if instance not in self.instances:
+            raise KeyError(f"{self.name} has no instance {instance!r}, only {', '.join(self.instances)}")
+        for i, argument in enumerate(arguments):
+            if isinstance(argument, int | float | bool) and not isinstance(argument, np.generic):
+                raise TypeError(
+                    f"{self.name}, {instance}: argument {i} is {argument!r}; give its type, as np.int32(...)"
+                )
+        grid = (blocks,) if isinstance(blocks, int | np.integer) else tuple(blocks)
+        if 0 not in grid:
+            backend.launch(self, instance, (*grid, 1, 1)[:3], threads, arguments, shared)
+
+    def text(self):
+        """The file with what it includes of this folder: what a compiled instance depends on."""
+        return self.path.read_text(encoding="utf-8") + (FOLDER / "common.cuh").read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------ compiling
+
+
+class Compiled(NamedTuple):
+    """What NVRTC made of an instance, and what its assembler said of it."""
+
+    code: bytes
+    """the machine code, a cubin"""
+    symbol: str
+    """the instance's name in it"""
+    registers: int
+    """per thread"""
+    spilled: int
+    """bytes that did not fit in registers and go to memory, stores and loads"""
+    stack: int
+    """bytes of each thread's stack frame: arrays that are not in registers"""
+    shared: int
+    """bytes of static shared memory"""
+
+
+@functools.cache
+def _nvrtc():
+    """NVRTC's library and the folder with CUDA's headers. ImportError: they are not installed."""
+    try:
+        pathfinder = importlib.import_module("cuda.pathfinder")
+        library = ctypes.CDLL(pathfinder.load_nvidia_dynamic_lib("nvrtc").abs_path)
+        headers = pathfinder.find_nvidia_header_directory("cudart")
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(
+            f"CUDA kernels need NVRTC: pip install 'minillm-train[cuda13]' (or [cuda12]): {error}"
+        ) from None
+    library.nvrtcGetErrorString.restype = ctypes.c_char_p
+    return library, headers
+
+
+def nvrtc_version():
+    """(major, minor) of the NVRTC that compiles."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc()[0].nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
+def options(architecture):
+    """NVRTC's options for "sm_90" or another architecture. No fast math for a whole file: what may be approximate is
+    called by name in the kernels."""
+    _, headers = _nvrtc()
+    return ["--std=c++17", f"--gpu-architecture={architecture}", f"-I{FOLDER}", f"-I{headers}", "--ptxas-options=-v"]
+
+
+def compile_instances(source, instances, architecture):
+    """{instance: Compiled} of some instances of a Source, in one program. RuntimeError: NVRTC's complaints."""
+    library, _ = _nvrtc()
+    program = ctypes.c_void_p()
+
+    def check(status):
+        if status:
+            size = ctypes.c_size_t()
+            library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            library.nvrtcGetProgramLog(program, log)
+            name = library.nvrtcGetErrorString(status).decode()
+            raise RuntimeError(f"{source.name} for {architecture}: {name}\n{log.value.decode(errors='replace')}")
+
+    def read(size_of, get):
+        size = ctypes.c_size_t()
+        check(size_of(program, ctypes.byref(size)))
+        buffer = ctypes.create_string_buffer(size.value)
+        check(get(program, buffer))
+        return buffer.raw
+
+    text, flags = source.path.read_bytes(), [o.encode() for o in options(architecture)]
+    check(library.nvrtcCreateProgram(ctypes.byref(program), text, str(source.path).encode(), 0, None, None))
+    try:
+        for instance in instances:
+            check(library.nvrtcAddNameExpression(program, instance.encode()))
+        check(library.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags)))
+        log = read(library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog).decode(errors="replace")
+        code = read(library.nvrtcGetCUBINSize, library.nvrtcGetCUBIN)
+        found = {}
+        for instance in instances:
+            symbol = ctypes.c_char_p()
+            check(library.nvrtcGetLoweredName(program, instance.encode(), ctypes.byref(symbol)))
+            symbol = symbol.value.decode()
+            found[instance] = Compiled(code, symbol, **_resources(log, symbol))
+        return found
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _resources(log, symbol):
+    """What ptxas -v says of one function."""
+    part = log.split(f"Compiling entry function '{symbol}'")[1].split("Compiling entry function")[0]
+
+    def number(pattern):
+        return sum(map(int, re.findall(pattern, part)))
+
+    return {
+        "registers": number(r"Used (\d+) registers"),
+        "spilled": number(r"(\d+) bytes spill"),
+        "stack": number(r"(\d+) bytes stack frame"),
+        "shared": number(r"(\d+) bytes smem"),
+    }
+
+
+# ------------------------------------------------------------------ launching
+
+
+class Gpu:
+    """The GPU that CuPy's current device is."""
+
+    def launch(self, source, instance, grid, threads, arguments, shared):
+        function = _function(source, instance, self._device())
+        if shared > STATIC_SHARED and function.max_dynamic_shared_size_bytes < shared:
+            function.max_dynamic_shared_size_bytes = shared
+        arguments = tuple(np.uintp(0) if a is None else a for a in arguments)
+        function(grid, (threads, 1, 1), arguments, shared_mem=shared, stream=cuda().get_current_stream())
+
+    def multiprocessors(self):
+        """How many multiprocessors there are: a grid of a few times as many fills the GPU."""
+        return self._attributes(self._device())["MultiProcessorCount"]
+
+    def shared_limit(self):
+        """Bytes of shared memory that a block may have."""
+        return self._attributes(self._device())["MaxSharedMemoryPerBlockOptin"]
+
+    @staticmethod
+    def _device():
+        return cuda().Device().id
+
+    @staticmethod
+    @functools.cache
+    def _attributes(device):
+        return cuda().Device(device).attributes
+
+
+backend = Gpu()
+
+
+@functools.cache
+def _function(source, instance, device):
+    """An instance loaded on a device: from the disk, if this source was compiled for such a GPU before."""
+    architecture = f"sm_{cuda().Device(device).compute_capability}"
+    key = repr((source.text(), instance, options(architecture), nvrtc_version()))
+    path = cache_root() / f"cuda-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
+    try:
+        symbol, code = path.read_bytes().split(b"\n", 1)
+    except OSError:
+        compiled = compile_instances(source, [instance], architecture)[instance]
+        symbol, code = compiled.symbol.encode(), compiled.code
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(symbol + b"\n" + code)
+        os.replace(file.name, path)  # whole or not there, whoever else compiles the same
+    module = cuda().function.Module()
+    module.load(code)
+    return module.get_function(symbol.decode())
