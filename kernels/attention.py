@@ -23,6 +23,7 @@ Rungs
     reference   the definition, with the T x T matrix
     numba       64 x 64 tiles in the cache; the forward owns (b, h, query tile), the backward (b, key head): no sum is
                 shared between threads, so the result is the same bits for any number of them
+    numba_cuda  the same tiles for a GPU, in Python (numba_cuda.py)
 """
 
 import math
@@ -263,6 +264,15 @@ def numba_backward(do, q, k, v, o, lse, start, scale):
     return dq, dk, dv
 
 
+# ------------------------------------------------------------------ numba.cuda
+
+
+def _numba_cuda():
+    from . import numba_cuda  # at the first call, because numba.cuda takes a second to load
+
+    return numba_cuda
+
+
 # ------------------------------------------------------------------ table
 
 
@@ -293,13 +303,19 @@ def _saved(do, q, k, v, o, lse, start, scale):
 forward = Kernel(
     "attention_forward",
     reference=reference_forward,
-    versions={"numba": numba_forward},
+    versions={
+        "numba": numba_forward,
+        "numba_cuda": lambda *arguments: _numba_cuda().attention_forward(*arguments),
+    },
     example=lambda rng, size: (_example(rng, size), {}),
 )
 backward = Kernel(
     "attention_backward",
     reference=reference_backward,
-    versions={"numba": numba_backward},
+    versions={
+        "numba": numba_backward,
+        "numba_cuda": lambda *arguments: _numba_cuda().attention_backward(*arguments),
+    },
     example=_backward_example,
     saved=_saved,
 )

@@ -23,6 +23,7 @@ Derivation
 Rungs
     reference   the definition, row by row of NumPy
     numba       a row per task: a max, then one vectorised pass of exp; the gradient is one more pass
+    numba_cuda  a row per block of a GPU, in Python (numba_cuda.py)
 """
 
 import functools
@@ -150,6 +151,15 @@ def numba_backward_inplace(logits, targets, m, log_total, a, b, c, d, scale):
     return logits
 
 
+# ------------------------------------------------------------------ numba.cuda
+
+
+def _numba_cuda():
+    from . import numba_cuda  # at the first call, because numba.cuda takes a second to load
+
+    return numba_cuda
+
+
 # ------------------------------------------------------------------ table
 
 
@@ -177,20 +187,29 @@ def _saved(logits, targets, m, log_total, *rest):
 forward = Kernel(
     "cross_entropy_forward",
     reference=reference_forward,
-    versions={"numba": numba_forward},
+    versions={
+        "numba": numba_forward,
+        "numba_cuda": lambda *arguments: _numba_cuda().cross_entropy_forward(*arguments),
+    },
     example=_example,
 )
 backward = Kernel(
     "cross_entropy_backward",
     reference=reference_backward,
-    versions={"numba": numba_backward},
+    versions={
+        "numba": numba_backward,
+        "numba_cuda": lambda *arguments: _numba_cuda().cross_entropy_backward(*arguments),
+    },
     example=_backward_example,
     saved=_saved,
 )
 backward_inplace = Kernel(
     "cross_entropy_backward_inplace",
     reference=reference_backward_inplace,
-    versions={"numba": numba_backward_inplace},
+    versions={
+        "numba": numba_backward_inplace,
+        "numba_cuda": lambda *arguments: _numba_cuda().cross_entropy_backward_inplace(*arguments),
+    },
     example=_backward_example,
     saved=_saved,
 )
