@@ -37,9 +37,10 @@ template <> __device__ __forceinline__ float from_float<float>(float x) { return
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 template <> __device__ __forceinline__ fp16 from_float<fp16>(float x) { return __float2half_rn(x); }
 
-// 16 bytes of T: the widest access a thread has. The address must be a multiple of 16.
-template <typename T> struct alignas(16) Pack {
-    static constexpr int N = 16 / sizeof(T);
+// Neighbours that are moved together: 16 bytes of T, the widest access a thread has, if nothing else is said. COUNT is a
+// power of two, and the address a multiple of the pack's size, or of 16 where it is larger (two accesses and more).
+template <typename T, int COUNT = 16 / sizeof(T)> struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Pack {
+    static constexpr int N = COUNT;
     T v[N];
 };
 
@@ -47,8 +48,12 @@ template <typename T> __device__ __forceinline__ Pack<T> load_pack(const T* p) {
     return *reinterpret_cast<const Pack<T>*>(p);
 }
 
-template <typename T> __device__ __forceinline__ void store_pack(T* p, const Pack<T>& x) {
-    *reinterpret_cast<Pack<T>*>(p) = x;
+template <int COUNT, typename T> __device__ __forceinline__ Pack<T, COUNT> load_pack(const T* p) {
+    return *reinterpret_cast<const Pack<T, COUNT>*>(p);
+}
+
+template <typename T, int COUNT> __device__ __forceinline__ void store_pack(T* p, const Pack<T, COUNT>& x) {
+    *reinterpret_cast<Pack<T, COUNT>*>(p) = x;
 }
 
 // The same for memory that is read or written once: it leaves the cache first (ld.global.cs, st.global.cs).
@@ -57,8 +62,17 @@ template <typename T> __device__ __forceinline__ Pack<T> load_pack_streaming(con
     return *reinterpret_cast<Pack<T>*>(&bits);
 }
 
-template <typename T> __device__ __forceinline__ void store_pack_streaming(T* p, const Pack<T>& x) {
-    __stcs(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(&x));
+template <int COUNT, typename T> __device__ __forceinline__ Pack<T, COUNT> load_pack_streaming(const T* p) {
+    if constexpr (COUNT * sizeof(T) == 16) return load_pack_streaming(p);
+    return load_pack<COUNT>(p);
+}
+
+template <typename T, int COUNT> __device__ __forceinline__ void store_pack_streaming(T* p, const Pack<T, COUNT>& x) {
+    if constexpr (COUNT * sizeof(T) == 16) {
+        __stcs(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(&x));
+    } else {
+        store_pack(p, x);
+    }
 }
 
 // ------------------------------------------------------------------ warps and blocks
@@ -84,6 +98,28 @@ template <int THREADS> __device__ __forceinline__ float block_sum(float x, float
     x = 0;
 #pragma unroll
     for (int w = 0; w < THREADS / 32; ++w) x += partial[w];
+    return x;
+}
+
+// Rows shared out to THREADS threads each: 32, a warp, of which a block has several, or as many as the block has. A warp
+// needs no barrier, and so a row that a warp can hold costs only its bytes.
+template <int THREADS> __device__ __forceinline__ int thread_of_row() { return threadIdx.x % THREADS; }
+template <int THREADS> __device__ __forceinline__ int row_of_block() { return threadIdx.x / THREADS; }
+
+// The sum and the maximum over the threads of a row; `partial` as in block_sum.
+template <int THREADS> __device__ __forceinline__ float row_sum(float x, float* partial) {
+    if constexpr (THREADS == 32) return warp_sum(x);
+    return block_sum<THREADS>(x, partial);
+}
+
+template <int THREADS> __device__ __forceinline__ float row_max(float x, float* partial) {
+    x = warp_max(x);
+    if constexpr (THREADS > 32) {
+        if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+        __syncthreads();
+#pragma unroll
+        for (int w = 0; w < THREADS / 32; ++w) x = fmaxf(x, partial[w]);
+    }
     return x;
 }
 
