@@ -86,6 +86,7 @@ ARROWS = {
         "kernels",
         "kernels.jit",
         "kernels.kernel",
+        "kernels.cuda",
         "kernels.numba_cuda",
         OP,
     ],

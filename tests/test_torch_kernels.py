@@ -1,14 +1,20 @@
 """What is timed beside our kernels computes the same. (Skipped where PyTorch is not installed: it is no dependency.)"""
 
+import importlib.util
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from minillm.kernels.kernel import KERNELS
-from scripts import torch_kernels
 from tests.test_kernels import call
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: it is only what the kernels are timed against")
+
+spec = importlib.util.spec_from_file_location("torch_kernels", Path(__file__).parents[1] / "scripts/torch_kernels.py")
+torch_kernels = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(torch_kernels)
 
 BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 
