@@ -101,10 +101,16 @@ template <int THREADS> __device__ __forceinline__ float block_sum(float x, float
     return x;
 }
 
-// Rows shared out to THREADS threads each: 32, a warp, of which a block has several, or as many as the block has. A warp
+// Rows shared out to THREADS threads each: 32, a warp, of which a block has four, or as many as the block has. A warp
 // needs no barrier, and so a row that a warp can hold costs only its bytes.
+template <int THREADS> constexpr int BLOCK = THREADS == 32 ? 128 : THREADS;
 template <int THREADS> __device__ __forceinline__ int thread_of_row() { return threadIdx.x % THREADS; }
 template <int THREADS> __device__ __forceinline__ int row_of_block() { return threadIdx.x / THREADS; }
+
+// The row of this thread, which the last block may have none for. 64 bits: rows times columns may be beyond 2^31.
+template <int THREADS> __device__ __forceinline__ long long row_of_thread() {
+    return static_cast<long long>(blockIdx.x) * (BLOCK<THREADS> / THREADS) + row_of_block<THREADS>();
+}
 
 // The sum and the maximum over the threads of a row; `partial` as in block_sum.
 template <int THREADS> __device__ __forceinline__ float row_sum(float x, float* partial) {
@@ -121,6 +127,53 @@ template <int THREADS> __device__ __forceinline__ float row_max(float x, float* 
         for (int w = 0; w < THREADS / 32; ++w) x = fmaxf(x, partial[w]);
     }
     return x;
+}
+
+// A row of D elements in the registers of its threads: thread t has the packs t, t + THREADS, ... of N elements. KEPT of
+// them are there; what a longer row has beyond is read again where it is used, and comes from the cache. Rows of a warp
+// have no more than what is kept.
+template <typename T, int N, int THREADS, int KEPT> struct Row {
+    const T* from;
+    Pack<T, N> kept[KEPT];
+
+    __device__ __forceinline__ Row(const T* from, int D) : from(from) {
+#pragma unroll
+        for (int u = 0; u < KEPT; ++u) {  // all on their way before one is used
+            const int j = (thread_of_row<THREADS>() + u * THREADS) * N;
+            kept[u] = j < D ? load_pack<N>(from + j) : Pack<T, N>{};
+        }
+    }
+};
+
+// use(u, j, pack of each row) for every pack of this thread: elements j, j + 1, ..., kept as number u (KEPT: not kept).
+template <int N, int THREADS, int KEPT, typename Use, typename... T>
+__device__ __forceinline__ void each_pack(int D, Use use, const Row<T, N, THREADS, KEPT>&... rows) {
+#pragma unroll
+    for (int u = 0; u < KEPT; ++u) {
+        const int j = (thread_of_row<THREADS>() + u * THREADS) * N;
+        if (j < D) use(u, j, rows.kept[u]...);
+    }
+    if constexpr (THREADS > 32) {
+#pragma unroll 1
+        for (int j = (thread_of_row<THREADS>() + KEPT * THREADS) * N; j < D; j += THREADS * N)
+            use(KEPT, j, load_pack<N>(rows.from + j)...);
+    }
+}
+
+// out = the sums down the columns of partial (rows, D). A block of 1024 threads has 32 columns, and each of its warps
+// every 32nd row; the grid is D / 32 blocks.
+template <typename T> __device__ __forceinline__ void sum_columns(const float* partial, int rows, int D, T* out) {
+    SHARED(float, sums, 32 * 33);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, d = blockIdx.x * 32 + lane;
+    float sum = 0;
+    if (d < D) {
+#pragma unroll 8
+        for (int i = warp; i < rows; i += 32) sum += partial[static_cast<long long>(i) * D + d];
+    }
+    sums[lane * 33 + warp] = sum;
+    __syncthreads();
+    sum = warp_sum(sums[warp * 33 + lane]);  // of column `warp`
+    if (lane == 0 && blockIdx.x * 32 + warp < D) out[blockIdx.x * 32 + warp] = from_float<T>(sum);
 }
 
 // The softmax of part of a row: its maximum, and the sum of e^(x - maximum). Two parts merge into one of their union

@@ -18,10 +18,6 @@
 constexpr float LOWEST = -3.402823466e38f;  // the lowest float: what a row is relative to before its first logit
 constexpr float FLOOR = -1e30f;             // stands in for x = -inf in p x, where p is 0
 
-// Threads of a block: 4 rows of a warp, or one row. 1024 / BLOCK blocks share a multiprocessor, so that one
-// reads while another computes; that leaves 64 registers to a thread.
-template <int THREADS> constexpr int BLOCK = THREADS == 32 ? 128 : THREADS;
-
 // Of some of a row's logits, with d_j = logit_j - m and s = scale log2(e):
 struct Statistics {
     float m = LOWEST;    // at least their maximum
@@ -93,9 +89,9 @@ struct Gradient {
     }
 };
 
-// use(j, load(j)) for every pack j, j + 1, ... of a row that is this thread's, LOADS of them on their way at a time.
+// use(j, load(j)) for every pack of this thread: logits j, j + 1, ...; LOADS of them are on their way at a time.
 template <int N, int THREADS, int LOADS, typename Load, typename Use>
-__device__ __forceinline__ void each_pack(int V, Load load, Use use) {
+__device__ __forceinline__ void each_logit(int V, Load load, Use use) {
     constexpr int STEP = THREADS * N;
     for (int j0 = thread_of_row<THREADS>() * N; j0 < V; j0 += LOADS * STEP) {
         decltype(load(0)) packs[LOADS];
@@ -108,16 +104,12 @@ __device__ __forceinline__ void each_pack(int V, Load load, Use use) {
     }
 }
 
-// The row of this thread, of `rows`; the last block may have warps without one. 64 bits: rows times V may be beyond 2^31.
-template <int THREADS> __device__ __forceinline__ long long row_of_thread() {
-    return static_cast<long long>(blockIdx.x) * (blockDim.x / THREADS) + row_of_block<THREADS>();
-}
-
 // A target beyond the row is an error that is told of later (device.py, check_ids); nothing may be read there.
 template <typename T> __device__ __forceinline__ float logit_of(const T* row, int target, int V) {
     return to_float(row[min(target, V - 1)]);
 }
 
+// 1024 threads and more share a multiprocessor, so that one block reads while another computes: 64 registers for each.
 template <typename T, int N, int THREADS>
 __global__ void __launch_bounds__(BLOCK<THREADS>, 1024 / BLOCK<THREADS>)
 forward(const T* logits, const int* targets, int rows, int V, float scale, float* m, float* log_total, float* x_target,
@@ -131,7 +123,7 @@ forward(const T* logits, const int* targets, int rows, int V, float scale, float
     float at_target = 0;
     if (target >= 0) {
         at_target = logit_of(row, target, V);
-        each_pack<N, THREADS, 4>(
+        each_logit<N, THREADS, 4>(
             V, [&](int j) { return load_pack_streaming<N>(row + j); },
             [&](int, const Pack<T, N>& x) { of_row.add<true>(x, scale * LOG2E); });
         of_row.merge<THREADS, true>(scale * LOG2E, partial);
@@ -161,7 +153,7 @@ backward(const T* logits, const int* targets, const float* m, const float* log_t
         return;
     }
     const Gradient gradient(m[i], log_total[i], a[i], b[i], c[i], d[i], scale, target);
-    each_pack<N, THREADS, 4>(
+    each_logit<N, THREADS, 4>(
         V, [&](int j) { return load_pack_streaming<N>(row + j); },
         [&](int j, const Pack<T, N>& x) { store_pack_streaming(to + j, gradient.of(x, j)); });
 }
@@ -188,7 +180,7 @@ fused(T* logits, const int* targets, const float* a, const float* z, const float
     }
 
     Statistics of_row;
-    each_pack<N, THREADS, 4>(
+    each_logit<N, THREADS, 4>(
         V, [&](int j) { return j < staged ? load_pack_streaming<N>(row + j) : load_pack<N>(row + j); },
         [&](int j, const Pack<T, N>& x) {
             if (j < staged) store_pack(stage + j, x);
@@ -203,7 +195,7 @@ fused(T* logits, const int* targets, const float* a, const float* z, const float
         x_target[i] = (at_target - of_row.m) * scale, x_sum[i] = of_row.sum * scale;
     }
     const Gradient gradient(of_row.m, log_of_row, fmaf(z[i], lse, a[i]), 0, c[i], d[i], scale, target);
-    each_pack<N, THREADS, 2>(
+    each_logit<N, THREADS, 2>(
         V, [&](int j) { return j < staged ? load_pack<N>(stage + j) : load_pack<N>(row + j); },
         [&](int j, const Pack<T, N>& x) { store_pack_streaming(row + j, gradient.of(x, j)); });
 }
