@@ -40,7 +40,7 @@ TILE = 32  # queries and keys per tile
 SIDE = 8  # a block of attention is SIDE x SIDE threads
 EACH = TILE // SIDE  # rows and columns of a tile that one thread computes
 PADDED = TILE + 1  # a row in shared memory: without the + 1, the elements of a column would lie in one memory bank
-THREADS = 256  # a block of cross-entropy; a power of two
+THREADS = 128  # a block of cross-entropy; a power of two
 
 # ------------------------------------------------------------------ launching
 
@@ -128,9 +128,10 @@ def _zero_rows(out, b, first, h, rows, D):
 @cuda.jit(device=True)
 def _add_rows(out, b, first, h, rows, d0, D, c):
     """out[b, first + r, h, d0 + d] += c, inside the rows and the head."""
+    y, x = cuda.threadIdx.y, cuda.threadIdx.x
     for r in range(EACH):
         for n in range(EACH):
-            i, d = cuda.threadIdx.y + SIDE * r, d0 + cuda.threadIdx.x + SIDE * n
+            i, d = y + SIDE * r, d0 + x + SIDE * n
             if i < rows and d < D:
                 out[b, first + i, h, d] += c[r, n]
 
