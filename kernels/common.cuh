@@ -176,6 +176,26 @@ template <typename T> __device__ __forceinline__ void sum_columns(const float* p
     if (lane == 0 && blockIdx.x * 32 + warp < D) out[blockIdx.x * 32 + warp] = from_float<T>(sum);
 }
 
+// Elementwise work on `rows` rows of F, of which a block of THREADS has rows_per_block. For every pack of N elements that
+// is this thread's, LOADS at a time: load(u, row, column) for u = 0, 1, ... and then use(u, row, column) for the same.
+template <int N, int LOADS, int THREADS, typename Load, typename Use>
+__device__ __forceinline__ void each_of_rows(int rows_per_block, int rows, int F, Load load, Use use) {
+    const long long first = static_cast<long long>(blockIdx.x) * rows_per_block;
+    const int per_row = F / N, packs = min(static_cast<long long>(rows_per_block), rows - first) * per_row;
+    for (int i0 = threadIdx.x; i0 < packs; i0 += LOADS * THREADS) {
+#pragma unroll
+        for (int u = 0; u < LOADS; ++u) {
+            const int i = i0 + u * THREADS;
+            if (i < packs) load(u, first + i / per_row, i % per_row * N);
+        }
+#pragma unroll
+        for (int u = 0; u < LOADS; ++u) {
+            const int i = i0 + u * THREADS;
+            if (i < packs) use(u, first + i / per_row, i % per_row * N);
+        }
+    }
+}
+
 // The softmax of part of a row: its maximum, and the sum of e^(x - maximum). Two parts merge into one of their union
 // (Milakov and Gimelshein 2018, eq. 4). The empty part has maximum -inf and sum 0.
 struct Softmax {

@@ -14,31 +14,11 @@ constexpr int THREADS = 256;
 
 __device__ __forceinline__ float logistic(float x) { return __fdividef(1.f, 1 + __expf(-x)); }
 
-// For every pack of N elements of `rows` rows of F that is this thread's: load(u, row, column) for LOADS of them, then
-// use(u, row, column) for the same.
-template <int N, int LOADS, typename Load, typename Use>
-__device__ __forceinline__ void each(int rows_per_block, int rows, int F, Load load, Use use) {
-    const long long first = static_cast<long long>(blockIdx.x) * rows_per_block;
-    const int per_row = F / N, packs = min(static_cast<long long>(rows_per_block), rows - first) * per_row;
-    for (int i0 = threadIdx.x; i0 < packs; i0 += LOADS * THREADS) {
-#pragma unroll
-        for (int u = 0; u < LOADS; ++u) {
-            const int i = i0 + u * THREADS;
-            if (i < packs) load(u, first + i / per_row, i % per_row * N);
-        }
-#pragma unroll
-        for (int u = 0; u < LOADS; ++u) {
-            const int i = i0 + u * THREADS;
-            if (i < packs) use(u, first + i / per_row, i % per_row * N);
-        }
-    }
-}
-
 template <typename T, int N>
 __global__ void __launch_bounds__(THREADS, 4)
 silu_forward(const T* x, long long x_stride, int rows_per_block, int rows, int F, T* y) {
     Pack<T, N> xs[4];
-    each<N, 4>(
+    each_of_rows<N, 4, THREADS>(
         rows_per_block, rows, F,
         [&](int u, long long i, int f) { xs[u] = load_pack_streaming<N>(x + i * x_stride + f); },
         [&](int u, long long i, int f) {
@@ -56,7 +36,7 @@ __global__ void __launch_bounds__(THREADS, 4)
 silu_backward(const T* dy, long long dy_stride, const T* x, long long x_stride, int rows_per_block, int rows, int F,
               T* dx) {
     Pack<T, N> dys[2], xs[2];
-    each<N, 2>(
+    each_of_rows<N, 2, THREADS>(
         rows_per_block, rows, F,
         [&](int u, long long i, int f) {
             dys[u] = load_pack_streaming<N>(dy + i * dy_stride + f);
@@ -77,7 +57,7 @@ __global__ void __launch_bounds__(THREADS, 4)
 forward(const T* gate, long long gate_stride, const T* up, long long up_stride, int rows_per_block, int rows, int F,
         T* y) {
     Pack<T, N> gates[2], ups[2];
-    each<N, 2>(
+    each_of_rows<N, 2, THREADS>(
         rows_per_block, rows, F,
         [&](int u, long long i, int f) {
             gates[u] = load_pack_streaming<N>(gate + i * gate_stride + f);
@@ -98,7 +78,7 @@ __global__ void __launch_bounds__(THREADS, 4)
 backward(const T* dy, long long dy_stride, const T* gate, long long gate_stride, const T* up, long long up_stride,
          int rows_per_block, int rows, int F, T* dgate, T* dup) {
     Pack<T, N> dys[2], gates[2], ups[2];
-    each<N, 2>(
+    each_of_rows<N, 2, THREADS>(
         rows_per_block, rows, F,
         [&](int u, long long i, int f) {
             dys[u] = load_pack_streaming<N>(dy + i * dy_stride + f);
