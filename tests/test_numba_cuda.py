@@ -438,6 +438,11 @@ FAULTS = [
         "rows, d0, D, scale)\n        _copy_rows(right",
         "rows, d0, D, left.dtype.type(1))\n        _copy_rows(right",
     ),
+    (FORWARD, "heads read key heads in turns", "hk = h // (H // Hk)\n    y, x, t", "hk = h % Hk\n    y, x, t"),
+    (FORWARD, "the first sum is anything", "top[r], total[r] = nothing, 0", "top[r] = nothing"),
+    (QUERIES, "dq is not cleared", "_zero_rows(dq, b, i0, h, rows, D)", "pass"),
+    (KEYS, "dk is not cleared", "_zero_rows(dk, b, j0, hk, columns, D)", "pass"),
+    (KEYS, "dv is not cleared", "_zero_rows(dv, b, j0, hk, columns, D)", "pass"),
     (QUERIES, "delta is left out", "* (c[r, n] - delta[b, h, i0 + i])", "* c[r, n]"),
     (
         QUERIES,
