@@ -6,8 +6,8 @@ import numpy as np
 
 KERNELS = []  # every Kernel made, so that tests and benchmarks need no list of their own
 
-# The fastest version for an array's device comes first; the dtypes that they take. Everything else is the reference's: on
-# the host 16-bit floats, which Numba does not know; on a GPU float64, which serves as the oracle.
+# The fastest version for an array's device comes first; the dtypes that they take. Everything else is the reference's:
+# on the host 16-bit floats, which Numba does not know; on a GPU float64, which serves as the oracle.
 _PREFERENCE = {"cpu": ("numba",), "cuda": ("cuda", "numba_cuda")}
 _DTYPES = {"cpu": ("float32", "float64"), "cuda": ("float32", "bfloat16", "float16")}
 
