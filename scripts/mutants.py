@@ -118,7 +118,7 @@ FAULTS = {
         ('with _record("yes"):', "with contextlib.nullcontext():", "checkpoint: under no_grad the replay is lost"),
     ],
     "minillm/functional.py": [
-        ("lambda g: g.reshape(rows, N).sum(0)", "lambda g: g.reshape(rows, N).mean(0)", "linear: dbias is a mean"),
+        ("lambda g: g.reshape(rows, N).sum(0,", "lambda g: g.reshape(rows, N).mean(0,", "linear: dbias is a mean"),
         ("y * (g - (g * y).sum(axis, keepdims=True))", "y * (g - g * y)", "softmax: dx without the sum over the slice"),
         ("a * a.dtype.type(1 / (1 - p))", "a", "dropout: what is kept is not divided by 1 - p"),
         ("rotate(g, cos, -sin)", "rotate(g, cos, sin)", "rope: the gradient is turned forwards"),
