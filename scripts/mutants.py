@@ -145,7 +145,7 @@ FAULTS = {
             "(-g - g_H * (H - log_total), g_H, g, zero)",
             "token_logprobs: a sign in the entropy's gradient",
         ),
-        ("self.dweight += dlogits.T", "self.dweight = dlogits.T", "linear_cross_entropy: dweight of one chunk"),
+        ("self.dweight, add=True)", "self.dweight)", "linear_cross_entropy: dweight of one chunk"),
         (
             "upcast(weight[:0]).dtype) if needs",
             "weight.dtype) if needs",
