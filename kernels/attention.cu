@@ -316,14 +316,14 @@ __device__ __forceinline__ void hide(typename E::Scores& s, const Rows& seen, in
 
 // ------------------------------------------------------------------ forward
 
-// s becomes p = 2^(scale s - top), and top (a maximum of scale s in the row), total and acc go on as attention.py says,
-// but in powers of 2: `scale` has log2(e) in it, so that a score costs a multiply-add and an ex2. Where the maximum
+// s becomes p = 2^(scale2 s - top), and top (a maximum of scale2 s in the row), total and acc go on as attention.py
+// says, but in powers of 2: scale2 is scale log2(e), so that a score costs a multiply-add and an ex2. Where the maximum
 // grows by 8 at most it stays what it was: p is at most 2^8 then, and where that is so in all rows of the warp, acc
-// needs no correction, which is as much work as the scores are. Each row decides for itself, so that its result does not
-// depend on others. `total` is that of the thread's columns alone until the end.
+// needs no correction, which is as much work as the scores are. Each row decides for itself, so that its result does
+// not depend on others. `total` is that of the thread's columns alone until the end.
 template <typename E>
 __device__ __forceinline__ void online_softmax(typename E::Scores& s, typename E::Sums& acc, float (&top)[E::R],
-                                               float (&total)[E::R], float scale) {
+                                               float (&total)[E::R], float scale2) {
     float highest[E::R];
     bool grown = false;
 #pragma unroll
@@ -331,7 +331,7 @@ __device__ __forceinline__ void online_softmax(typename E::Scores& s, typename E
         highest[r] = s(r, 0);
 #pragma unroll
         for (int c = 1; c < E::Scores::C; ++c) highest[r] = fmaxf(highest[r], s(r, c));
-        highest[r] = fmaxf(top[r], scale * warp_max<E::WIDTH>(highest[r]));
+        highest[r] = fmaxf(top[r], scale2 * warp_max<E::WIDTH>(highest[r]));
         if (highest[r] <= top[r] + 8) highest[r] = top[r];
         grown |= highest[r] > top[r];
     }
@@ -351,7 +351,7 @@ __device__ __forceinline__ void online_softmax(typename E::Scores& s, typename E
         float sum = 0;
 #pragma unroll
         for (int c = 0; c < E::Scores::C; ++c) {
-            s(r, c) = exp2_fast(fmaf(scale, s(r, c), -at));
+            s(r, c) = exp2_fast(fmaf(scale2, s(r, c), -at));
             sum += s(r, c);
         }
         total[r] += sum;
@@ -361,7 +361,7 @@ __device__ __forceinline__ void online_softmax(typename E::Scores& s, typename E
 // Grid: (B H, tiles of queries). The last tiles see the most keys and start first, so that the short ones fill up.
 template <typename T, int Dp, int BQ, int BK, int WARPS, bool KEPT>
 __global__ void __launch_bounds__(WARPS * 32, 8 / WARPS)
-forward(VIEW(q), VIEW(k), VIEW(v), const int* start, float scale, T* o, float* lse, int Tq, int Tk, int H, int Hk,
+forward(VIEW(q), VIEW(k), VIEW(v), const int* start, float scale2, T* o, float* lse, int Tq, int Tk, int H, int Hk,
         int D) {
     using E = Tiles<T, Dp, BQ, BK, WARPS>;
     DYNAMIC_SHARED(qs);
@@ -394,7 +394,7 @@ forward(VIEW(q), VIEW(k), VIEW(v), const int* start, float scale, T* o, float* l
             typename E::Scores s;
             E::products(s, own_q, ks + stage * BK * E::ROW);
             if (!own.whole(j0, BK)) hide<E>(s, seen, i0, j0);
-            online_softmax<E>(s, acc, top, total, scale * LOG2E);
+            online_softmax<E>(s, acc, top, total, scale2);
             E::accumulate(acc, s, vs + stage * BK * E::ROW, scratch);
         }
         cp_async_wait<0>();  // the next tile is here,
@@ -447,7 +447,7 @@ rows_of_backward(VIEW(dout), VIEW(o), const float* lse, float* lse2, float* delt
 template <typename T, int Dp, int BQ, int BK, int WARPS, bool KEPT>
 __global__ void __launch_bounds__(WARPS * 32, 8 / WARPS)
 backward_queries(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const float* delta, const int* start,
-                 float scale, T* dq, int Tq, int Tp, int Tk, int H, int Hk, int D) {
+                 float scale, float scale2, T* dq, int Tq, int Tp, int Tk, int H, int Hk, int D) {
     using E = Tiles<T, Dp, BQ, BK, WARPS>;
     DYNAMIC_SHARED(qs);
     unsigned char *dos = qs + BQ * E::ROW, *ks = dos + BQ * E::ROW, *vs = ks + 2 * BK * E::ROW;
@@ -489,7 +489,7 @@ backward_queries(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const
             for (int r = 0; r < E::R; ++r)
 #pragma unroll
                 for (int c = 0; c < E::Scores::C; ++c)
-                    ds(r, c) = exp2_fast(fmaf(scale * LOG2E, p(r, c), -lse_i[r])) * (ds(r, c) - delta_i[r]);
+                    ds(r, c) = exp2_fast(fmaf(scale2, p(r, c), -lse_i[r])) * (ds(r, c) - delta_i[r]);
             E::accumulate(dq_sum, ds, ks + stage * BK * E::ROW, scratch);
         }
         cp_async_wait<0>();
@@ -548,7 +548,7 @@ __device__ __forceinline__ void add_to_dq(float* dq, long long stride, int i0, i
 template <typename T, int Dp, int BK, int BQ, int WARPS, bool KEPT, bool ONE_PASS>
 __global__ void __launch_bounds__(WARPS * 32, 8 / WARPS)
 backward_keys(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const float* delta, const int* end,
-              float scale, float* dq, T* dk, T* dv, int Tq, int Tp, int Tk, int H, int Hk, int D) {
+              float scale, float scale2, float* dq, T* dk, T* dv, int Tq, int Tp, int Tk, int H, int Hk, int D) {
     using E = Tiles<T, Dp, BK, BQ, WARPS>;
     DYNAMIC_SHARED(ks);
     unsigned char *vs = ks + BK * E::ROW, *qs = vs + BK * E::ROW, *dos = qs + 2 * BQ * E::ROW;
@@ -556,31 +556,31 @@ backward_keys(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const fl
     const int b = blockIdx.x / Hk, hk = blockIdx.x % Hk, group = H / Hk, j0 = blockIdx.y * BK;
     const QueriesOfKey seen = {end + (long long)b * Tk, Tk, Tk - Tq};
     const Sight block = sight(seen, j0, BK), own = sight(seen, j0 + E::warp() * E::WARP_ROWS, E::WARP_ROWS);
-    const int first = block.some.first / BQ, tiles = max((block.some.end + BQ - 1) / BQ - first, 0);
+    const int first = max(j0 - (Tk - Tq), 0) / BQ * BQ;  // the tile of the first query that sees key j0
 
-    auto fetch = [&](int n, int stage) {
-        const int h = hk * group + n / tiles, i0 = (first + n % tiles) * BQ;
+    auto fetch = [&](int h, int i0, int stage) {
         E::template load<BQ>(qs + stage * BQ * E::ROW, q + b * q_b + h * q_h, q_t, i0, Tq, D);
         E::template load<BQ>(dos + stage * BQ * E::ROW, dout + b * dout_b + h * dout_h, dout_t, i0, Tq, D);
         const long long at = ((long long)b * H + h) * Tp + i0;
         const int t = threadIdx.x * 4;
         const float* from = t < BQ ? lse2 + at + t : delta + at + t - BQ;
-        if (t < 2 * BQ) cp_async_16(shared_address(stats + (stage * 2 * BQ + t) * 4), from, true);
+        if (t < 2 * BQ) cp_async_16(shared_address(stats + (stage * 2 * BQ + t) * 4), from, i0 < Tq);
         cp_async_commit();
     };
     E::template load<BK>(ks, k + b * k_b + hk * k_h, k_t, j0, Tk, D);
     E::template load<BK>(vs, v + b * v_b + hk * v_h, v_t, j0, Tk, D);
-    if (tiles) fetch(0, 0);
-    cp_async_commit();
+    int h = hk * group, i0 = first, stage = 0;
+    fetch(h, i0, stage);
     cp_async_wait<0>();
     __syncthreads();
 
     typename E::template Own<KEPT> own_k(ks), own_v(vs);
     typename E::Sums dk_sum = {}, dv_sum = {};
 
-    for (int n = 0, stage = 0; n < group * tiles; ++n, stage ^= 1) {
-        if (n + 1 < group * tiles) fetch(n + 1, stage ^ 1);
-        const int i0 = (first + n % tiles) * BQ;
+    while (i0 < block.some.end && h < (hk + 1) * group) {
+        int next_h = h, next_i0 = i0 + BQ;
+        if (next_i0 >= block.some.end) ++next_h, next_i0 = first;
+        if (next_h < (hk + 1) * group) fetch(next_h, next_i0, stage ^ 1);
         const float* stats_of = reinterpret_cast<const float*>(stats) + stage * 2 * BQ;
         typename E::Scores ds = {};
         if (own.any(i0, BQ)) {
@@ -593,7 +593,7 @@ backward_keys(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const fl
                 const float lse_i = stats_of[E::column(c)], delta_i = stats_of[BQ + E::column(c)];
 #pragma unroll
                 for (int r = 0; r < E::R; ++r) {
-                    p(r, c) = exp2_fast(fmaf(scale * LOG2E, p(r, c), -lse_i));
+                    p(r, c) = exp2_fast(fmaf(scale2, p(r, c), -lse_i));
                     ds(r, c) = p(r, c) * (ds(r, c) - delta_i);
                 }
             }
@@ -601,11 +601,12 @@ backward_keys(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const fl
             E::accumulate(dk_sum, ds, qs + stage * BQ * E::ROW, scratch);
         }
         if constexpr (ONE_PASS) {
-            float* to = dq + ((long long)b * Tq * H + hk * group + n / tiles) * D;
+            float* to = dq + ((long long)b * Tq * H + h) * D;
             add_to_dq<E, T, Dp, BK, BQ, WARPS>(to, (long long)H * D, i0, Tq, D, scale, ds, scratch, ks);
         }
         cp_async_wait<0>();
         __syncthreads();
+        h = next_h, i0 = next_i0, stage ^= 1;
     }
 
 #pragma unroll

@@ -291,6 +291,7 @@ FLOAT_TILES = {
     "queries": dict.fromkeys((64, 128), (32, 16, 4, False)),
     "keys": dict.fromkeys((64, 128), (32, 16, 4, False)),
 }
+LOG2E = 1 / math.log(2)  # the kernels' exponents are of 2
 PADDED = 128  # lse and delta of the backward are padded to a multiple of it, which is one of every tile's rows
 
 
@@ -362,7 +363,7 @@ def cuda_forward(q, k, v, start, scale):
     views = (*_view(q, dtype), *_view(k, dtype), *_view(v, dtype))
     sizes = map(np.int32, (Tq, Tk, H, Hk, D))
     start = cuda.contiguous(start, np.int32)
-    _launch("forward", B * H, Tq, (*views, start, np.float32(scale), o, lse, *sizes))
+    _launch("forward", B * H, Tq, (*views, start, np.float32(scale * LOG2E), o, lse, *sizes))
     return o.astype(q.dtype, copy=False), lse
 
 
@@ -375,7 +376,7 @@ def cuda_backward(do, q, k, v, o, lse, start, scale, deterministic=True):
     one_pass = not deterministic and dtype.itemsize == 2
     dk, dv = empty(k, k.shape, dtype), empty(v, v.shape, dtype)
     dq = empty(q, q.shape, np.float32 if one_pass else dtype)
-    start, scale = cuda.contiguous(start, np.int32), np.float32(scale)
+    start, scales = cuda.contiguous(start, np.int32), (np.float32(scale), np.float32(scale * LOG2E))
     do = _view(do, dtype)
     views = (*do, *_view(q, dtype), *_view(k, dtype), *_view(v, dtype))
 
@@ -388,10 +389,10 @@ def cuda_backward(do, q, k, v, o, lse, start, scale, deterministic=True):
     sizes = tuple(map(np.int32, (Tq, Tp, Tk, H, Hk, D)))
     if one_pass:
         dq[...] = 0
-        _launch("one_pass", B * Hk, Tk, (*views, lse2, delta, end, scale, dq, dk, dv, *sizes))
+        _launch("one_pass", B * Hk, Tk, (*views, lse2, delta, end, *scales, dq, dk, dv, *sizes))
     else:
-        _launch("queries", B * H, Tq, (*views, lse2, delta, start, scale, dq, *sizes))
-        _launch("keys", B * Hk, Tk, (*views, lse2, delta, end, scale, None, dk, dv, *sizes))
+        _launch("queries", B * H, Tq, (*views, lse2, delta, start, *scales, dq, *sizes))
+        _launch("keys", B * Hk, Tk, (*views, lse2, delta, end, *scales, None, dk, dv, *sizes))
     return tuple(x.astype(like.dtype, copy=False) for x, like in ((dq, q), (dk, k), (dv, v)))
 
 

@@ -337,7 +337,9 @@ QUERIES_END = """cp_async_wait<0>();
 #pragma unroll
     for (int r = 0; r < E::R; ++r) {
         const int i"""
-KEYS_END = QUERIES_END.replace("const int i", "const int j")
+KEYS_END = """cp_async_wait<0>();
+        __syncthreads();
+        h = next_h"""
 GROUP = """*scratch = vs + 2 * BK * E::ROW;
     const int b = blockIdx.x / H, h = blockIdx.x % H, hk = h / (H / Hk)"""
 NEXT = """fetch(j0 + BK, stage ^ 1);
@@ -358,7 +360,7 @@ FAULTS = {
     "the head of another group": ("forward", "bf16", (GROUP, GROUP.replace("h / (H / Hk)", "h % Hk"))),
     "another swizzle where it is read": ("forward", "bf16", ("address ^ chunks", "address + chunks")),
     "no zeros behind the last row": ("forward", "bf16", ("first + row + i < total && chunk", "chunk")),
-    "one head of the group": ("backward_keys", "bf16", ("h = hk * group + n / tiles, i0", "h = hk * group, i0")),
+    "one head of the group": ("backward_keys", "bf16", ("++next_h, next_i0 = first", "next_h = Hk * group")),
     "no wait in the keys' kernel": ("backward_keys", "bf16", without(KEYS_END, "cp_async_wait<0>();")),
     "ds is read before it is there": (
         "one_pass",
@@ -394,11 +396,19 @@ MORE_FAULTS = {
     "no barrier in the queries' kernel": ("backward_queries", "bf16", without(QUERIES_END, "__syncthreads();")),
     "no barrier in the keys' kernel": ("backward_keys", "bf16", without(KEYS_END, "__syncthreads();")),
     "queries before the key": ("backward_keys", "bf16", ("max(j - shift, 0)", "max(j - shift - 1, 0)")),
-    "a tile of queries is left out": ("backward_keys", "bf16", ("(block.some.end + BQ - 1)", "block.some.end")),
+    "a tile of queries is left out": (
+        "backward_keys",
+        "bf16",
+        ("next_i0 >= block.some.end", "next_i0 + BQ > block.some.end"),
+    ),
     "the statistics of another query": ("backward_keys", "bf16", ("stats_of[E::column(c)]", "stats_of[0]")),
     "queries that are not there": ("one_pass", "bf16", ("if (i < Tq && d < D) atomic", "if (d < D) atomic")),
     "the keys of another warp": ("one_pass", "bf16", ("shared_address(ks) + k * 16 * E::ROW", "shared_address(ks)")),
-    "dq of the first head": ("one_pass", "bf16", ("H + hk * group + n / tiles) * D", "H + hk * group) * D")),
+    "dq of the first head": (
+        "one_pass",
+        "bf16",
+        ("b * Tq * H + h) * D;\n            add", "b * Tq * H + hk * group) * D;\n            add"),
+    ),
 }
 
 
