@@ -73,21 +73,26 @@ def cross_entropy_fused(draw, N, V):
     return cross_entropy.fused_inplace, (*logits_and_targets(draw, N, V), *draw.f(4, N), 0.7)
 
 
+def rows(draw, N, D):
+    """Rows whose mean is not 0 and whose variance is not 1."""
+    return draw.x(N, D) * draw.dtype(3) + draw.dtype(1)
+
+
 def rms_norm_forward(draw, N, D):
-    return rms_norm.forward, (draw.x(N, D), draw.w(D), 1e-5)
+    return rms_norm.forward, (rows(draw, N, D), draw.w(D), 1e-5)
 
 
 def rms_norm_backward(draw, N, D):
-    x, weight = draw.x(N, D), draw.w(D)
+    x, weight = rows(draw, N, D), draw.w(D)
     return rms_norm.backward, (draw.x(N, D), x, weight, saved(rms_norm.forward, x, weight, 1e-5)[1])
 
 
 def layer_norm_forward(draw, N, D):
-    return layer_norm.forward, (draw.x(N, D), draw.w(D), draw.w(D), 1e-5)
+    return layer_norm.forward, (rows(draw, N, D), draw.w(D), draw.w(D), 1e-5)
 
 
 def layer_norm_backward(draw, N, D):
-    x, weight = draw.x(N, D), draw.w(D)
+    x, weight = rows(draw, N, D), draw.w(D)
     statistics = saved(layer_norm.forward, x, weight, weight, 1e-5)[1:]
     return layer_norm.backward, (draw.x(N, D), x, weight, *statistics)
 
@@ -241,19 +246,15 @@ DEFAULT = {
     (cross_entropy_fused, "float32", "wide, long"),
     (rms_norm_forward, "bfloat16", "wide"),
     (rms_norm_backward, "bfloat16", "wide"),
-    (rms_norm_backward, "float32", "single, blocks"),
-    (layer_norm_forward, "float16", "wide, blocks"),
-    (layer_norm_backward, "float32", "wide"),
+    (layer_norm_backward, "float32", "wide, blocks"),
     (swiglu_forward, "bfloat16", "wide"),
     (swiglu_backward, "float32", "wide"),
-    (silu_backward, "float16", "single"),
     (rope_rotate, "bfloat16", "wide"),
     (embedding_forward, "float32", "single"),
     (embedding_backward, "bfloat16", "wide"),
     (adamw_step, "float32", ""),
     (sum_of_squares, "float32", ""),
     (gelu_tanh, "bfloat16", "wide"),
-    (gelu_exact_backward, "float32", "wide"),
 }
 CASES = [
     pytest.param(
@@ -351,11 +352,17 @@ FAULTS = {
         ("adamw.cu", "beta2 * v + rest2 * g * g", "beta2 * v + rest2 * g"),
     ],
     (sum_of_squares, "float32", ""): [("adamw.cu", "j0 += LOADS * stride", "j0 += stride")],
-    (gelu_tanh, "bfloat16", "wide"): [("gelu.cu", "rest = u2 >= 0", "rest = u2 < 0")],
+    (gelu_tanh, "bfloat16", "wide"): [("gelu.cu", "  s = u2 >= 0", "  s = u2 < 0")],
+    (gelu_tanh_backward, "float32", "wide"): [("gelu.cu", "rest = u2 >= 0", "rest = u2 < 0")],
     (gelu_exact_backward, "float32", "wide"): [("gelu.cu", "__expf(-0.5f * x * x)", "__expf(0.5f * x * x)")],
 }
-# By default, one for every other file: each is compiled anew.
-CAUGHT_BY_DEFAULT = {"total *= factor;", "p <= last", "- mean_h - n * mean_hn", "j0 += LOADS * stride"}
+# By default only faults in files whose case compiles one instance.
+CAUGHT_BY_DEFAULT = [
+    "total *= factor;",
+    "__syncthreads();\n    x = 0;",
+    "ups[u].v[k]) * (1 + a",
+    "b * c.v[k] + a * s.v[k]",
+]
 
 
 @pytest.mark.parametrize(
@@ -368,8 +375,9 @@ CAUGHT_BY_DEFAULT = {"total *= factor;", "p <= last", "- mean_h - n * mean_hn", 
 )
 def test_a_planted_fault_is_caught(case, fault):
     file, old, new = fault
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises((AssertionError, RuntimeError)) as caught:
         check_sizes(*case, edits={file: [(old, new)]})
+    assert "does not compile" not in str(caught.value)
 
 
 # ------------------------------------------------------------------ properties of single kernels
@@ -452,7 +460,7 @@ def test_adamw_takes_a_scale_on_the_device_and_writes_a_copy(version):
 
 @pytest.mark.slow
 def test_adamw_on_memory_that_16_byte_accesses_do_not_fit():
-    _, aligned = adamw_step(Draw(np.float32), 4099)
+    aligned = [x.copy() for x in adamw_step(Draw(np.float32), 4099)[1]]
     shifted = [np.concatenate([x[:1], x])[1:] for x in aligned]
     backend = Cpu()
     with on_cpu(backend):
