@@ -77,8 +77,8 @@ def _check_flat(p, m, v, g, copy):
 
 
 def _constants(lr, beta1, beta2, eps, weight_decay, step):
-    decays = 1 - lr * weight_decay, lr / (1 - beta1**step), beta1, 1 - beta1, beta2, 1 - beta2, eps
-    return *decays, 1 / math.sqrt(1 - beta2**step)
+    constants = (1 - lr * weight_decay, lr / (1 - beta1**step), beta1, 1 - beta1, beta2, 1 - beta2, eps)
+    return *constants, 1 / math.sqrt(1 - beta2**step)
 
 
 def numba_inplace(p, m, v, g, *, lr, beta1, beta2, eps, weight_decay, step, scale=1.0, copy=None):
