@@ -316,12 +316,11 @@ def source_of(tiles, float_tiles):
 SOURCE = source_of(TILES, FLOAT_TILES)
 
 
-def _refused(q, scale):
-    """Why attention.cu can not do it, or None: then the launchers below take the reference instead."""
-    cuda.c_type(q)
-    if q.shape[3] > max(TILES["forward"]):
-        return "its tiles are for heads of at most 128"
-    return None if scale > 0 else "it takes the maximum before it multiplies with the scale, which must be positive"
+def _fits(q, scale):
+    """Whether attention.cu can do it; else the launchers take the reference. Its tiles are for heads of at most 128, and
+    it takes the maximum of the scores before it multiplies with the scale, which therefore must be positive."""
+    cuda.c_type(q)  # TypeError: no float of the CUDA kernels
+    return q.shape[3] <= max(TILES["forward"]) and scale > 0
 
 
 def _working_dtype(q):
@@ -337,26 +336,28 @@ def _view(x, dtype):
     return x, *(np.int64(s // x.itemsize) for s in x.strides[:3])
 
 
-def _launch(kernel, heads, T, arguments):
-    """One of the three kernels, for `heads` heads in all batches and T rows of the side whose tiles blocks own."""
-    dtype, D = arguments[0].dtype, int(arguments[-1])
-    ctype = cuda.c_type(arguments[0])
-    tiles = FLOAT_TILES if ctype == "float" else TILES
-    Dp = min(size for size in tiles[kernel] if size >= D)
-    own, streamed, warps, _ = tiles[kernel][Dp]
-
-    # as attention.cu lays its shared memory out: own tiles, two stages of two streamed tiles, and what a kernel adds
+def _chosen(kernel, ctype, D):
+    """(instance, rows of the tile a block owns, threads, bytes of shared memory) for heads of size D."""
+    tiles = (FLOAT_TILES if ctype == "float" else TILES)[kernel]
+    Dp = min(size for size in tiles if size >= D)
+    own, streamed, warps, _ = tiles[Dp]
+    # as attention.cu lays it out: own tiles, two stages of two streamed tiles, and what a kernel has besides
     row = (Dp + 4) * 4 if ctype == "float" else Dp * 2
     shared = ((1 if kernel == "forward" else 2) * own + 4 * streamed) * row
     shared += 4 * streamed * 4 if kernel in ("keys", "one_pass") else 0
     shared += own * (streamed + 4) * 4 if ctype == "float" else 0
-    shared += own * streamed * dtype.itemsize if kernel == "one_pass" else 0
-    blocks = (heads, -(-T // own))
-    SOURCE.launch(_instance(kernel, ctype, Dp, tiles[kernel][Dp]), blocks, warps * 32, arguments, shared)
+    shared += own * streamed * 2 if kernel == "one_pass" else 0
+    return _instance(kernel, ctype, Dp, tiles[Dp]), own, warps * 32, shared
+
+
+def _launch(kernel, heads, T, arguments):
+    """One of the three kernels, for `heads` heads in all batches and T rows of the side whose tiles blocks own."""
+    instance, own, threads, shared = _chosen(kernel, cuda.c_type(arguments[0]), int(arguments[-1]))
+    SOURCE.launch(instance, (heads, -(-T // own)), threads, arguments, shared)
 
 
 def cuda_forward(q, k, v, start, scale):
-    if _refused(q, scale):
+    if not _fits(q, scale):
         return reference_forward(q, k, v, start, scale)
     (B, Tq, H, D), (Tk, Hk), dtype = q.shape, k.shape[1:3], _working_dtype(q)
     o, lse = empty(q, q.shape, dtype), empty(q, (B, H, Tq), np.float32)
@@ -368,12 +369,14 @@ def cuda_forward(q, k, v, start, scale):
 
 
 def cuda_backward(do, q, k, v, o, lse, start, scale, deterministic=True):
-    """deterministic=False (16-bit floats on tensor cores; others are as before): the kernel that makes dk and dv adds
-    to dq, too, with atomics: 5 products instead of 7, and dq rounds another way each time."""
-    if _refused(q, scale):
+    """deterministic=False: the kernel that makes dk and dv adds to dq, too, with atomics. That is 5 products instead of 7,
+    and dq rounds another way each time. On tensor cores, where its tiles fit in shared memory; else it is as before."""
+    if not _fits(q, scale):
         return reference_backward(do, q, k, v, o, lse, start, scale)
     (B, Tq, H, D), (Tk, Hk), dtype = q.shape, k.shape[1:3], _working_dtype(q)
-    one_pass = not deterministic and dtype.itemsize == 2
+    ctype = cuda.C_TYPES[dtype.name]
+    one_pass = not deterministic and ctype != "float"
+    one_pass = one_pass and _chosen("one_pass", ctype, D)[-1] <= cuda.backend.shared_limit()
     dk, dv = empty(k, k.shape, dtype), empty(v, v.shape, dtype)
     dq = empty(q, q.shape, np.float32 if one_pass else dtype)
     start, scales = cuda.contiguous(start, np.int32), (np.float32(scale), np.float32(scale * LOG2E))
@@ -383,7 +386,7 @@ def cuda_backward(do, q, k, v, o, lse, start, scale, deterministic=True):
     Tp = -(-Tq // PADDED) * PADDED
     lse2, delta, end = (empty(q, s, t) for s, t in (((B, H, Tp), "f4"), ((B, H, Tp), "f4"), ((B, Tk), np.int32)))
     rows = (*do, *_view(o, dtype), cuda.contiguous(lse, np.float32), lse2, delta, *map(np.int32, (B, H, Tq, Tp, D)))
-    SOURCE.launch(f"rows_of_backward<{cuda.c_type(dk)}>", -(-B * H * Tp // 32), 256, rows)
+    SOURCE.launch(f"rows_of_backward<{ctype}>", -(-B * H * Tp // 32), 256, rows)
     SOURCE.launch("ends", -(-B * Tk // 256), 256, (start, end, *map(np.int32, (B, Tq, Tk))))
 
     sizes = tuple(map(np.int32, (Tq, Tp, Tk, H, Hk, D)))
