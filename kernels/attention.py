@@ -317,8 +317,8 @@ SOURCE = source_of(TILES, FLOAT_TILES)
 
 
 def _fits(q, scale):
-    """Whether attention.cu can do it; else the launchers take the reference. Its tiles are for heads of at most 128, and
-    it takes the maximum of the scores before it multiplies with the scale, which therefore must be positive."""
+    """Whether attention.cu can do it, or the reference has to. Its tiles are for heads of at most 128, and
+    it takes the maximum of the scores before it multiplies by the scale, which must be positive for that."""
     cuda.c_type(q)  # TypeError: no float of the CUDA kernels
     return q.shape[3] <= max(TILES["forward"]) and scale > 0
 
@@ -369,8 +369,9 @@ def cuda_forward(q, k, v, start, scale):
 
 
 def cuda_backward(do, q, k, v, o, lse, start, scale, deterministic=True):
-    """deterministic=False: the kernel that makes dk and dv adds to dq, too, with atomics. That is 5 products instead of 7,
-    and dq rounds another way each time. On tensor cores, where its tiles fit in shared memory; else it is as before."""
+    """deterministic=False: the kernel that makes dk and dv adds to dq, too, with atomics. That is 5 products instead of
+    7, and dq rounds another way each time. On tensor cores, where its tiles fit in shared memory; else nothing changes.
+    """
     if not _fits(q, scale):
         return reference_backward(do, q, k, v, o, lse, start, scale)
     (B, Tq, H, D), (Tk, Hk), dtype = q.shape, k.shape[1:3], _working_dtype(q)
