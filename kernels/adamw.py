@@ -7,6 +7,8 @@ Contract
     m  = beta1 m + (1 - beta1) g'                 v = beta2 v + (1 - beta2) g'^2
     p  = p - lr weight_decay p - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
     Returns (p, m, v), which are the arrays that came in. eps stands outside the root, as in PyTorch.
+    On a GPU step and scale may be arrays () in float64, whose values nobody has waited for; where scale is NaN, p, m
+    and v stay as they are.
 
 Rungs
     reference   the definition
@@ -25,12 +27,19 @@ from .kernel import Kernel
 
 
 def reference_inplace(p, m, v, g, *, lr, beta1, beta2, eps, weight_decay, step, scale=1.0):
-    xp = xp_of(p)
+    xp, rest1, rest2 = xp_of(p), 1 - beta1**step, 1 - beta2**step
+    if not isinstance(scale, int | float):
+        left_out, before = xp.isnan(scale), [x.copy() for x in (p, m, v)]
+        # in the parameters' dtype, as a Python number would be
+        rest1, rest2, scale = (xp.asarray(x).astype(p.dtype) for x in (rest1, rest2, scale))
     g = g * scale
     m[...] = beta1 * m + (1 - beta1) * g
     v[...] = beta2 * v + (1 - beta2) * g * g
-    m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
+    m_hat, v_hat = m / rest1, v / rest2
     p[...] = p - lr * weight_decay * p - lr * m_hat / (xp.sqrt(v_hat) + eps)
+    if not isinstance(scale, int | float):
+        for x, old in zip((p, m, v), before, strict=True):
+            x[...] = xp.where(left_out, old, x)
     return p, m, v
 
 
