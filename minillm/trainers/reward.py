@@ -71,13 +71,15 @@ def preference_loss(r, examples, config, count):
     two, more = np.flatnonzero(sizes == 2), np.flatnonzero(sizes > 2)
     losses = []
     if two.size:
-        margins, labels = (np.array([getattr(examples[i], name) for i in two]) for name in ("margin", "preference"))
+        told = (np.array([getattr(examples[i], name) for i in two]) for name in ("margin", "preference"))
+        margins, labels = (beside(x, r.data) for x in told)
         losses.append(reward_loss(r[two, 0], r[two, 1], margins, config.centring, labels, count))
     if more.size:
         there = np.arange(r.shape[1]) < sizes[more, None]
         ranks = np.zeros(there.shape, int)
         for row, i in enumerate(more):
             ranks[row, : sizes[i]] = examples[i].places()
+        there, ranks = (beside(x, r.data) for x in (there, ranks))
         losses.append(ranking_loss(r[more], there, config.ranking, count, ranks))
     return sum(losses)
 
