@@ -217,7 +217,8 @@ class ndarray:
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         """np.float32(2) * x comes here; anything else with NumPy's functions is refused."""
-        if method != "__call__" or kwargs or not all(isinstance(x, ndarray | np.generic) for x in inputs):
+        mixed = any(isinstance(x, np.generic) for x in inputs)
+        if method != "__call__" or kwargs or not mixed or any(isinstance(x, np.ndarray) for x in inputs):
             raise TypeError(f"Unsupported type {np.ndarray}: numpy.{ufunc.__name__} of a cupy.ndarray")
         return _UFUNCS[{"divide": "true_divide"}.get(ufunc.__name__, ufunc.__name__)](*inputs)
 

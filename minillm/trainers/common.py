@@ -24,7 +24,7 @@ from ..checkpoint import NotFinite, write_json
 from ..data.pack import Batch, best_fit_rows
 from ..files import read_object
 from ..hub import check_vocabulary, load_pretrained, read_config, save_pretrained
-from ..kernels.device import number, to_host, upcast
+from ..kernels.device import check_device, number, to_host, upcast
 from ..model import build
 from ..optim import AdamW, cosine_schedule, linear_schedule
 from ..parallel import in_shares
@@ -148,7 +148,7 @@ class Settings:
 
     def load(self, folder, head, seed=None):
         """load_with_head, where and as precise as these settings have it."""
-        return self.placed(load_with_head(folder, head, seed))
+        return self.placed(load_with_head(folder, head, seed, self.device))
 
     def placed(self, model):
         """The model on the device, with activations of the precision."""
@@ -337,12 +337,14 @@ def with_head(model, head, seed=0):
     return copy
 
 
-def load_with_head(folder, head, seed=None):
-    """The model of a folder, which has to have this head; with a seed, another one is replaced by one drawn from it.
+def load_with_head(folder, head, seed=None, device="cpu"):
+    """The model of a folder on a device, which has to have this head; with a seed, another one is replaced by one drawn
+    from it. Errors of the device as in kernels.device.check_device, before anything is read.
 
     A new head knows nothing: that is how a reward model starts, and an accident everywhere else.
     """
-    model = load_pretrained(folder)
+    check_device(device)
+    model = load_pretrained(folder).to(device)
     if model.config.head == head:
         return model
     if seed is None:
