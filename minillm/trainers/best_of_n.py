@@ -18,8 +18,9 @@ from ..data.conversations import encode_prompts, question_of, read_prompts
 from ..data.readers import Bad
 from ..generate import generate
 from ..kernels.device import check_device
-from .common import ChatSettings, claim, load_tokenizer, padding_of, read_files, template_of
+from .common import ChatSettings, load_tokenizer, padding_of, read_files, template_of
 from .ppo import model_rewards
+from .run import claim
 
 
 @dataclass(kw_only=True)

@@ -259,7 +259,7 @@ class Row(NamedTuple):
     step: int
     sums: dict
     tokens: int  # in all
-    clock_tokens: int  # since the row before
+    speed: int  # tokens per second since the row before
 
 
 class Run:
@@ -536,16 +536,15 @@ class Run:
 
     def _close_row(self):
         """What comes from now on belongs to the next row."""
-        self.rows.append(Row(self.step + 1, self.sums, self.tokens, self.clock_tokens))
-        self.sums, self.clock_tokens = {}, 0
+        elapsed = time.perf_counter() - self.clock
+        speed = round(self.clock_tokens / elapsed) if elapsed > 0 else 0
+        self.rows.append(Row(self.step + 1, self.sums, self.tokens, speed))
+        self.sums, self.clock, self.clock_tokens = {}, time.perf_counter(), 0
         self._read(len(self.updates))
 
     def _log(self, due):
         row = {name: total / count for name, (total, count) in due.sums.items()}
-        elapsed = time.perf_counter() - self.clock
-        row |= {"num_tokens": due.tokens, "skipped_updates": self.skipped}
-        row["tokens_per_second"] = round(due.clock_tokens / elapsed) if elapsed > 0 else 0
-        self.clock = time.perf_counter()
+        row |= {"num_tokens": due.tokens, "skipped_updates": self.skipped, "tokens_per_second": due.speed}
         self.write(row, due.step)
         shown = {"loss": f"{row['loss']:.4f}"} if "loss" in row else {}
         self.bar.set_postfix({**shown, "tok/s": f"{row['tokens_per_second']:,}"}, refresh=False)
