@@ -165,8 +165,8 @@ class ndarray:
 
     def get(self, stream=None, order="C", out=None, blocking=True):
         if not blocking:
-            if out is None or not isinstance(out, np.ndarray):
-                raise TypeError("an asynchronous copy needs out, an array in pinned memory")
+            if not isinstance(out, np.ndarray) or (out.shape, out.dtype) != (self.shape, self.dtype):
+                raise TypeError("an asynchronous copy needs out, an array in pinned memory of this shape and dtype")
             now = self._array.copy()
             out[...] = np.nan if out.dtype.kind == "f" else 0
             _stream_order.append(lambda: np.copyto(out, now))
