@@ -245,7 +245,7 @@ FAULTS = {
         (
             "flag.number < until.number for *_, flag in _flags",
             "True for _ in _flags",
-            "flag: later checks are waited for",
+            "flag: waits for later checks",
         ),
         ("        if not found:\n", "        if False:\n", "device: that there is no GPU is found out in the middle"),
     ],
@@ -294,7 +294,7 @@ FAULTS = {
         (
             "xp.isfinite(norm + loss)",
             "xp.isfinite(norm)",
-            "finite: on a GPU an infinite loss is no reason to leave out",
+            "finite: on a GPU an infinite loss is fine",
         ),
         ("self._left_out += xp.isnan(scale)", "pass", "optimizer: on a GPU what was left out is counted as an update"),
         (
@@ -362,7 +362,7 @@ FAULTS = {
         (
             "        self._read(0)\n        arrays,",
             "        arrays,",
-            "looked: a checkpoint of an update not looked at",
+            "looked: saves an update not looked at",
         ),
         ("update.sums is self.rows[0].sums", "False", "rows: written before all of their updates are read"),
         ("learning_rate: update.lr}, update.sums)", "learning_rate: update.lr})", "rows: numbers go to the next one"),

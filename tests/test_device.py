@@ -589,8 +589,8 @@ def test_updates_that_are_left_out_are_counted(tmp_path, cupy):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_stage_of_the_pipeline_can_be_on_the_gpu(size, tmp_path):
-    """Its recipes, which are measured on processors, have workers there, and none here; what was begun on one device can
-    go on on the other."""
+    """Its recipes, which are measured on processors, have workers there, and none here; what was begun on one device
+    can go on on the other."""
     here = PipelineConfig(out=tmp_path, size=size, device="cuda", precision="bfloat16")
     for name in ("pretrain", "sft", "reward", "ppo", "dpo"):
         told = Stage(here, name).shared
