@@ -23,12 +23,15 @@ Rungs
     reference   the definition, with the T x T matrix
     numba       64 x 64 tiles in the cache; the forward owns (b, h, query tile), the backward (b, key head): no sum is
                 shared between threads, so the result is the same bits for any number of them
+    numba_cuda  the same tiles for a GPU, in Python (numba_cuda.py)
+    cuda        for a GPU in CUDA C++, on tensor cores for 16-bit floats (attention.cu, with rungs of its own)
 """
 
 import math
 
 import numpy as np
 
+from . import cuda
 from .device import empty, upcast, xp_of
 from .jit import LANES, ROWS, contiguous, exp, jit, matmul_add, prange, prange_jit, row_max, strided
 from .kernel import Kernel
@@ -263,6 +266,135 @@ def numba_backward(do, q, k, v, o, lse, start, scale):
     return dq, dk, dv
 
 
+# ------------------------------------------------------------------ numba.cuda
+
+
+def _numba_cuda():
+    from . import numba_cuda  # at the first call, because numba.cuda takes a second to load
+
+    return numba_cuda
+
+
+# ------------------------------------------------------------------ cuda
+
+# {kernel: {head size: (rows of the tile a block owns, rows of those it streams, warps, own rows kept in registers)}}.
+# Tiles grow until a thread's sums fill its 255 registers: a warp owns 32 rows where these fit, else 16.
+TILES = {
+    "forward": {32: (128, 64, 4, True), 64: (128, 64, 4, True), 96: (128, 32, 4, False), 128: (128, 32, 4, False)},
+    "queries": {32: (128, 64, 4, True), 64: (128, 32, 4, False), 96: (64, 64, 4, False), 128: (64, 64, 4, False)},
+    "keys": {32: (128, 32, 4, True), 64: (128, 32, 4, False), 96: (64, 32, 4, False), 128: (64, 32, 4, False)},
+    "one_pass": {32: (128, 32, 4, True), 64: (128, 32, 8, True), 96: (64, 32, 4, False), 128: (128, 32, 8, False)},
+}
+# The same for float, where shared memory is what limits them.
+FLOAT_TILES = {
+    "forward": dict.fromkeys((32, 64, 96, 128), (32, 32, 4, False)),
+    "queries": dict.fromkeys((32, 64, 96, 128), (32, 16, 4, False)),
+    "keys": dict.fromkeys((32, 64, 96, 128), (32, 16, 4, False)),
+}
+PADDED = 128  # lse and delta of the backward are padded to a multiple of it, which is one of every tile's rows
+
+
+def _instance(kernel, ctype, Dp, tile):
+    name = {"forward": "forward", "queries": "backward_queries"}.get(kernel, "backward_keys")
+    numbers = [ctype, Dp, *tile[:3], str(tile[3]).lower()]
+    if name == "backward_keys":
+        numbers.append(str(kernel == "one_pass").lower())
+    return f"{name}<{', '.join(map(str, numbers))}>"
+
+
+def source_of(tiles, float_tiles):
+    """The Source whose instances have these tiles. Two blocks of 4 warps leave a thread 255 registers, three 168."""
+    instances = {f"rows_of_backward<{ctype}>": 40 for ctype in cuda.C_TYPES.values()} | {"ends": 40}
+    for ctype in cuda.C_TYPES.values():
+        for kernel, sizes in (float_tiles if ctype == "float" else tiles).items():
+            for Dp, tile in sizes.items():
+                instances[_instance(kernel, ctype, Dp, tile)] = 168 if ctype == "float" else 255
+    return cuda.Source("attention.cu", instances)
+
+
+SOURCE = source_of(TILES, FLOAT_TILES)
+
+
+def _refused(q, scale):
+    """Why attention.cu can not do it, or None: then the launchers below take the reference instead."""
+    cuda.c_type(q)
+    if q.shape[3] > max(TILES["forward"]):
+        return "its tiles are for heads of at most 128"
+    return None if scale > 0 else "it takes the maximum before it multiplies with the scale, which must be positive"
+
+
+def _working_dtype(q):
+    """float32 for 16-bit heads whose size is no multiple of 8: tiles are loaded 16 bytes at a time."""
+    return np.dtype(np.float32) if q.shape[3] * q.itemsize % 16 else q.dtype
+
+
+def _view(x, dtype):
+    """x, in this dtype and with rows that can be loaded, and its strides in elements; copied only if it must be."""
+    whole = x.shape[-1] * dtype.itemsize % 16 == 0
+    if x.dtype != dtype or x.strides[-1] != x.itemsize or (whole and not cuda.wide(x)):
+        x = x.astype(dtype, order="C")
+    return x, *(np.int64(s // x.itemsize) for s in x.strides[:3])
+
+
+def _launch(kernel, heads, T, arguments):
+    """One of the three kernels, for `heads` heads in all batches and T rows of the side whose tiles blocks own."""
+    dtype, D = arguments[0].dtype, int(arguments[-1])
+    ctype = cuda.c_type(arguments[0])
+    tiles = FLOAT_TILES if ctype == "float" else TILES
+    Dp = min(size for size in tiles[kernel] if size >= D)
+    own, streamed, warps, _ = tiles[kernel][Dp]
+
+    # as attention.cu lays its shared memory out: own tiles, two stages of two streamed tiles, and what a kernel adds
+    row = (Dp + 4) * 4 if ctype == "float" else Dp * 2
+    shared = ((1 if kernel == "forward" else 2) * own + 4 * streamed) * row
+    shared += 4 * streamed * 4 if kernel in ("keys", "one_pass") else 0
+    shared += own * (streamed + 4) * 4 if ctype == "float" else 0
+    shared += own * streamed * dtype.itemsize if kernel == "one_pass" else 0
+    blocks = (heads, -(-T // own))
+    SOURCE.launch(_instance(kernel, ctype, Dp, tiles[kernel][Dp]), blocks, warps * 32, arguments, shared)
+
+
+def cuda_forward(q, k, v, start, scale):
+    if _refused(q, scale):
+        return reference_forward(q, k, v, start, scale)
+    (B, Tq, H, D), (Tk, Hk), dtype = q.shape, k.shape[1:3], _working_dtype(q)
+    o, lse = empty(q, q.shape, dtype), empty(q, (B, H, Tq), np.float32)
+    views = (*_view(q, dtype), *_view(k, dtype), *_view(v, dtype))
+    sizes = map(np.int32, (Tq, Tk, H, Hk, D))
+    start = cuda.contiguous(start, np.int32)
+    _launch("forward", B * H, Tq, (*views, start, np.float32(scale), o, lse, *sizes))
+    return o.astype(q.dtype, copy=False), lse
+
+
+def cuda_backward(do, q, k, v, o, lse, start, scale, deterministic=True):
+    """deterministic=False (16-bit floats on tensor cores; others are as before): the kernel that makes dk and dv adds
+    to dq, too, with atomics: 5 products instead of 7, and dq rounds another way each time."""
+    if _refused(q, scale):
+        return reference_backward(do, q, k, v, o, lse, start, scale)
+    (B, Tq, H, D), (Tk, Hk), dtype = q.shape, k.shape[1:3], _working_dtype(q)
+    one_pass = not deterministic and dtype.itemsize == 2
+    dk, dv = empty(k, k.shape, dtype), empty(v, v.shape, dtype)
+    dq = empty(q, q.shape, np.float32 if one_pass else dtype)
+    start, scale = cuda.contiguous(start, np.int32), np.float32(scale)
+    do = _view(do, dtype)
+    views = (*do, *_view(q, dtype), *_view(k, dtype), *_view(v, dtype))
+
+    Tp = -(-Tq // PADDED) * PADDED
+    lse2, delta, end = (empty(q, s, t) for s, t in (((B, H, Tp), "f4"), ((B, H, Tp), "f4"), ((B, Tk), np.int32)))
+    rows = (*do, *_view(o, dtype), cuda.contiguous(lse, np.float32), lse2, delta, *map(np.int32, (B, H, Tq, Tp, D)))
+    SOURCE.launch(f"rows_of_backward<{cuda.c_type(dk)}>", -(-B * H * Tp // 32), 256, rows)
+    SOURCE.launch("ends", -(-B * Tk // 256), 256, (start, end, *map(np.int32, (B, Tq, Tk))))
+
+    sizes = tuple(map(np.int32, (Tq, Tp, Tk, H, Hk, D)))
+    if one_pass:
+        dq[...] = 0
+        _launch("one_pass", B * Hk, Tk, (*views, lse2, delta, end, scale, dq, dk, dv, *sizes))
+    else:
+        _launch("queries", B * H, Tq, (*views, lse2, delta, start, scale, dq, *sizes))
+        _launch("keys", B * Hk, Tk, (*views, lse2, delta, end, scale, None, dk, dv, *sizes))
+    return tuple(x.astype(like.dtype, copy=False) for x, like in ((dq, q), (dk, k), (dv, v)))
+
+
 # ------------------------------------------------------------------ table
 
 
@@ -293,13 +425,21 @@ def _saved(do, q, k, v, o, lse, start, scale):
 forward = Kernel(
     "attention_forward",
     reference=reference_forward,
-    versions={"numba": numba_forward},
+    versions={
+        "numba": numba_forward,
+        "cuda": cuda_forward,
+        "numba_cuda": lambda *arguments: _numba_cuda().attention_forward(*arguments),
+    },
     example=lambda rng, size: (_example(rng, size), {}),
 )
 backward = Kernel(
     "attention_backward",
     reference=reference_backward,
-    versions={"numba": numba_backward},
+    versions={
+        "numba": numba_backward,
+        "cuda": cuda_backward,
+        "numba_cuda": lambda *arguments: _numba_cuda().attention_backward(*arguments),
+    },
     example=_backward_example,
     saved=_saved,
 )

@@ -37,9 +37,10 @@ template <> __device__ __forceinline__ float from_float<float>(float x) { return
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 template <> __device__ __forceinline__ fp16 from_float<fp16>(float x) { return __float2half_rn(x); }
 
-// 16 bytes of T: the widest access a thread has. The address must be a multiple of 16.
-template <typename T> struct alignas(16) Pack {
-    static constexpr int N = 16 / sizeof(T);
+// Neighbours that are moved together: 16 bytes of T, the widest access a thread has, if nothing else is said. COUNT is a
+// power of two, and the address a multiple of the pack's size, or of 16 where it is larger (two accesses and more).
+template <typename T, int COUNT = 16 / sizeof(T)> struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Pack {
+    static constexpr int N = COUNT;
     T v[N];
 };
 
@@ -47,8 +48,12 @@ template <typename T> __device__ __forceinline__ Pack<T> load_pack(const T* p) {
     return *reinterpret_cast<const Pack<T>*>(p);
 }
 
-template <typename T> __device__ __forceinline__ void store_pack(T* p, const Pack<T>& x) {
-    *reinterpret_cast<Pack<T>*>(p) = x;
+template <int COUNT, typename T> __device__ __forceinline__ Pack<T, COUNT> load_pack(const T* p) {
+    return *reinterpret_cast<const Pack<T, COUNT>*>(p);
+}
+
+template <typename T, int COUNT> __device__ __forceinline__ void store_pack(T* p, const Pack<T, COUNT>& x) {
+    *reinterpret_cast<Pack<T, COUNT>*>(p) = x;
 }
 
 // The same for memory that is read or written once: it leaves the cache first (ld.global.cs, st.global.cs).
@@ -57,8 +62,17 @@ template <typename T> __device__ __forceinline__ Pack<T> load_pack_streaming(con
     return *reinterpret_cast<Pack<T>*>(&bits);
 }
 
-template <typename T> __device__ __forceinline__ void store_pack_streaming(T* p, const Pack<T>& x) {
-    __stcs(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(&x));
+template <int COUNT, typename T> __device__ __forceinline__ Pack<T, COUNT> load_pack_streaming(const T* p) {
+    if constexpr (COUNT * sizeof(T) == 16) return load_pack_streaming(p);
+    return load_pack<COUNT>(p);
+}
+
+template <typename T, int COUNT> __device__ __forceinline__ void store_pack_streaming(T* p, const Pack<T, COUNT>& x) {
+    if constexpr (COUNT * sizeof(T) == 16) {
+        __stcs(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(&x));
+    } else {
+        store_pack(p, x);
+    }
 }
 
 // ------------------------------------------------------------------ warps and blocks
@@ -85,6 +99,101 @@ template <int THREADS> __device__ __forceinline__ float block_sum(float x, float
 #pragma unroll
     for (int w = 0; w < THREADS / 32; ++w) x += partial[w];
     return x;
+}
+
+// Rows shared out to THREADS threads each: 32, a warp, of which a block has four, or as many as the block has. A warp
+// needs no barrier, and so a row that a warp can hold costs only its bytes.
+template <int THREADS> constexpr int BLOCK = THREADS == 32 ? 128 : THREADS;
+template <int THREADS> __device__ __forceinline__ int thread_of_row() { return threadIdx.x % THREADS; }
+template <int THREADS> __device__ __forceinline__ int row_of_block() { return threadIdx.x / THREADS; }
+
+// The row of this thread, which the last block may have none for. 64 bits: rows times columns may be beyond 2^31.
+template <int THREADS> __device__ __forceinline__ long long row_of_thread() {
+    return static_cast<long long>(blockIdx.x) * (BLOCK<THREADS> / THREADS) + row_of_block<THREADS>();
+}
+
+// The sum and the maximum over the threads of a row; `partial` as in block_sum.
+template <int THREADS> __device__ __forceinline__ float row_sum(float x, float* partial) {
+    if constexpr (THREADS == 32) return warp_sum(x);
+    return block_sum<THREADS>(x, partial);
+}
+
+template <int THREADS> __device__ __forceinline__ float row_max(float x, float* partial) {
+    x = warp_max(x);
+    if constexpr (THREADS > 32) {
+        if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+        __syncthreads();
+#pragma unroll
+        for (int w = 0; w < THREADS / 32; ++w) x = fmaxf(x, partial[w]);
+    }
+    return x;
+}
+
+// A row of D elements in the registers of its threads: thread t has the packs t, t + THREADS, ... of N elements. KEPT of
+// them are there; what a longer row has beyond is read again where it is used, and comes from the cache. Rows of a warp
+// have no more than what is kept.
+template <typename T, int N, int THREADS, int KEPT> struct Row {
+    const T* from;
+    Pack<T, N> kept[KEPT];
+
+    __device__ __forceinline__ Row(const T* from, int D) : from(from) {
+#pragma unroll
+        for (int u = 0; u < KEPT; ++u) {  // all on their way before one is used
+            const int j = (thread_of_row<THREADS>() + u * THREADS) * N;
+            kept[u] = j < D ? load_pack<N>(from + j) : Pack<T, N>{};
+        }
+    }
+};
+
+// use(u, j, pack of each row) for every pack of this thread: elements j, j + 1, ..., kept as number u (KEPT: not kept).
+template <int N, int THREADS, int KEPT, typename Use, typename... T>
+__device__ __forceinline__ void each_pack(int D, Use use, const Row<T, N, THREADS, KEPT>&... rows) {
+#pragma unroll
+    for (int u = 0; u < KEPT; ++u) {
+        const int j = (thread_of_row<THREADS>() + u * THREADS) * N;
+        if (j < D) use(u, j, rows.kept[u]...);
+    }
+    if constexpr (THREADS > 32) {
+#pragma unroll 1
+        for (int j = (thread_of_row<THREADS>() + KEPT * THREADS) * N; j < D; j += THREADS * N)
+            use(KEPT, j, load_pack<N>(rows.from + j)...);
+    }
+}
+
+// out = the sums down the columns of partial (rows, D). A block of 1024 threads has 32 columns, and each of its warps
+// every 32nd row; the grid is D / 32 blocks.
+template <typename T> __device__ __forceinline__ void sum_columns(const float* partial, int rows, int D, T* out) {
+    SHARED(float, sums, 32 * 33);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, d = blockIdx.x * 32 + lane;
+    float sum = 0;
+    if (d < D) {
+#pragma unroll 8
+        for (int i = warp; i < rows; i += 32) sum += partial[static_cast<long long>(i) * D + d];
+    }
+    sums[lane * 33 + warp] = sum;
+    __syncthreads();
+    sum = warp_sum(sums[warp * 33 + lane]);  // of column `warp`
+    if (lane == 0 && blockIdx.x * 32 + warp < D) out[blockIdx.x * 32 + warp] = from_float<T>(sum);
+}
+
+// Elementwise work on `rows` rows of F, of which a block of THREADS has rows_per_block. For every pack of N elements that
+// is this thread's, LOADS at a time: load(u, row, column) for u = 0, 1, ... and then use(u, row, column) for the same.
+template <int N, int LOADS, int THREADS, typename Load, typename Use>
+__device__ __forceinline__ void each_of_rows(int rows_per_block, int rows, int F, Load load, Use use) {
+    const long long first = static_cast<long long>(blockIdx.x) * rows_per_block;
+    const int per_row = F / N, packs = min(static_cast<long long>(rows_per_block), rows - first) * per_row;
+    for (int i0 = threadIdx.x; i0 < packs; i0 += LOADS * THREADS) {
+#pragma unroll
+        for (int u = 0; u < LOADS; ++u) {
+            const int i = i0 + u * THREADS;
+            if (i < packs) load(u, first + i / per_row, i % per_row * N);
+        }
+#pragma unroll
+        for (int u = 0; u < LOADS; ++u) {
+            const int i = i0 + u * THREADS;
+            if (i < packs) use(u, first + i / per_row, i % per_row * N);
+        }
+    }
 }
 
 // The softmax of part of a row: its maximum, and the sum of e^(x - maximum). Two parts merge into one of their union

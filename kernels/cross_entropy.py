@@ -11,6 +11,9 @@ Contract
         entropy = log_total - x_mean
     backward takes four numbers a, b, c, d per row and returns dlogits = scale (p (a + b x) + c [j = target] + d).
     A row whose target is negative is ignored: its logits are not read, its statistics and its gradient are 0.
+    fused_inplace does both at once where b is 0 and a = a0 + z lse_i (the z-loss's gradient needs the row's own
+        lse_i = scale m + log_total):   it takes a0, z, c, d and returns (the gradient in place of the logits, m,
+        log_total, x_target, x_sum), so that a row is read once.
 
 Derivation
     With z = scale logits:  p_j = e^(x_j - log_total),  d log sum_k e^z_k / dz_j = p_j,  dz_target / dz_j = [j = target]
@@ -23,12 +26,16 @@ Derivation
 Rungs
     reference   the definition, row by row of NumPy
     numba       a row per task: a max, then one vectorised pass of exp; the gradient is one more pass
+    numba_cuda  a row per block of a GPU, in Python (numba_cuda.py)
+    cuda        a row per warp or block, the maximum and the sums in one pass; fused, the row waits in shared memory for
+                its gradient (cross_entropy.cu)
 """
 
 import functools
 
 import numpy as np
 
+from . import cuda
 from .device import empty, upcast, xp_of
 from .jit import contiguous, exp, jit, prange, prange_jit, row_max
 from .kernel import Kernel
@@ -70,6 +77,12 @@ def reference_backward(logits, targets, m, log_total, a, b, c, d, scale):
 def reference_backward_inplace(logits, *rows):
     logits[...] = reference_backward(logits, *rows)
     return logits
+
+
+def reference_fused_inplace(logits, targets, a, z, c, d, scale):
+    m, log_total, x_target, x_sum, _ = reference_forward(logits, targets, scale)
+    rows = m, log_total, a + z * (scale * m + log_total), 0 * a, c, d
+    return reference_backward_inplace(logits, targets, *rows, scale), m, log_total, x_target, x_sum
 
 
 # ------------------------------------------------------------------ numba
@@ -143,11 +156,112 @@ def numba_backward(logits, targets, m, log_total, a, b, c, d, scale):
     return out
 
 
+def _check_in_place(logits):
+    if not (logits.flags.c_contiguous and getattr(logits.flags, "writeable", True)):  # CuPy knows no read-only arrays
+        raise ValueError("in place, cross-entropy's gradient goes into C-contiguous logits only")
+
+
 def numba_backward_inplace(logits, targets, m, log_total, a, b, c, d, scale):
-    if not (logits.flags.c_contiguous and logits.flags.writeable):
-        raise ValueError("cross_entropy_backward_inplace writes into C-contiguous logits only")
+    _check_in_place(logits)
     _backward_inplace(logits, *_row_arguments(logits, targets, m, log_total, a, b, c, d, scale=scale))
     return logits
+
+
+@prange_jit
+def _fused_inplace(logits, targets, a, z, c, d, scale, floor, m, log_total, x_target, x_sum):
+    zero = scale * 0
+    for i in prange(targets.size):
+        row = logits[i]
+        a_i = a[i]
+        if targets[i] < 0:
+            m[i], log_total[i], x_target[i], x_sum[i] = 0, 0, 0, 0
+        else:
+            m[i], log_total[i], x_target[i], x_sum[i], _ = _statistics(row, targets[i], scale, floor)
+            a_i += z[i] * (scale * m[i] + log_total[i])
+        _gradient_row(row, row, targets[i], m[i], log_total[i], a_i, zero, c[i], d[i], scale, floor)
+
+
+def numba_fused_inplace(logits, targets, a, z, c, d, scale):
+    _check_in_place(logits)
+    results = tuple(empty(logits, targets.shape) for _ in range(4))
+    _fused_inplace(logits, *_row_arguments(logits, targets, a, z, c, d, scale=scale), *results)
+    return logits, *results
+
+
+# ------------------------------------------------------------------ numba.cuda
+
+
+def _numba_cuda():
+    from . import numba_cuda  # at the first call, because numba.cuda takes a second to load
+
+    return numba_cuda
+
+
+# ------------------------------------------------------------------ cuda
+
+_WARP = 1024  # a row of at most so many logits is a warp's; a longer one a block's
+_BLOCKS = {"forward": 256, "backward": 256, "fused": 512}  # threads for such a row: few blocks of `fused` fit at once
+
+_SOURCE = cuda.Source(
+    "cross_entropy.cu",
+    {
+        f"{kernel}<{c_type}, {n}, {threads}>": 64
+        for kernel, block in _BLOCKS.items()
+        for c_type, widest in (("float", 4), ("bf16", 8), ("fp16", 8))
+        for n in (widest, 1)
+        for threads in (32, block)
+    },
+)
+
+
+def _launch(kernel, logits, arrays, *arguments, shared=0):
+    """A row per warp or block; `arrays` are those that 16-byte accesses must fit. `shared` is bytes per row."""
+    (N, V), n = logits.shape, 16 // logits.itemsize if cuda.wide(*arrays) else 1
+    threads = 32 if V <= _WARP else _BLOCKS[kernel]
+    rows_per_block = 4 if threads == 32 else 1
+    block, blocks = rows_per_block * threads, -(-N // rows_per_block) if V else 0
+    instance = f"{kernel}<{cuda.c_type(logits)}, {n}, {threads}>"
+    _SOURCE.launch(instance, blocks, block, arguments, shared=shared * rows_per_block)
+
+
+def _cuda_rows(*rows):
+    return (cuda.contiguous(x, np.float32) for x in rows)
+
+
+def cuda_forward(logits, targets, scale):
+    logits, targets = cuda.contiguous(logits), cuda.contiguous(targets, np.int32)
+    results = tuple(empty(logits, targets.shape, np.float32) for _ in range(5))
+    size = np.int32(len(logits)), np.int32(logits.shape[1])
+    _launch("forward", logits, [logits], logits, targets, *size, np.float32(scale), *results)
+    return results
+
+
+def _cuda_backward(logits, targets, *rows, scale, out):
+    rows, size = _cuda_rows(*rows), (np.int32(len(logits)), np.int32(logits.shape[1]))
+    targets = cuda.contiguous(targets, np.int32)
+    _launch("backward", logits, [logits, out], logits, targets, *rows, *size, np.float32(scale), out)
+    return out
+
+
+def cuda_backward(logits, targets, m, log_total, a, b, c, d, scale):
+    logits, out = cuda.contiguous(logits), empty(logits, logits.shape)
+    return _cuda_backward(logits, targets, m, log_total, a, b, c, d, scale=scale, out=out)
+
+
+def cuda_backward_inplace(logits, targets, m, log_total, a, b, c, d, scale):
+    _check_in_place(logits)
+    return _cuda_backward(logits, targets, m, log_total, a, b, c, d, scale=scale, out=logits)
+
+
+def cuda_fused_inplace(logits, targets, a, z, c, d, scale):
+    _check_in_place(logits)
+    results = tuple(empty(logits, targets.shape, np.float32) for _ in range(4))
+    targets, rows = cuda.contiguous(targets, np.int32), _cuda_rows(a, z, c, d)
+    room = (cuda.backend.shared_limit() - 1024) // 16 * 16  # the reductions have a little of it, too
+    staged = min(logits.shape[1], room // logits.itemsize)
+    arguments = logits, targets, *rows, np.int32(len(logits)), np.int32(logits.shape[1]), np.int32(staged)
+    _launch("fused", logits, [logits], *arguments, np.float32(scale), *results, shared=staged * logits.itemsize)
+    return logits, *results
 
 
 # ------------------------------------------------------------------ table
@@ -170,6 +284,11 @@ def _backward_example(rng, size):
     return (logits, targets, None, None, *rng.standard_normal((4, len(targets))), scale), {}
 
 
+def _fused_example(rng, size):
+    (logits, targets, scale), _ = _example(rng, size)
+    return (logits, targets, *rng.standard_normal((4, len(targets))), scale), {}
+
+
 def _saved(logits, targets, m, log_total, *rest):
     return logits, targets, *forward(logits, targets, rest[-1])[:2], *rest
 
@@ -177,20 +296,38 @@ def _saved(logits, targets, m, log_total, *rest):
 forward = Kernel(
     "cross_entropy_forward",
     reference=reference_forward,
-    versions={"numba": numba_forward},
+    versions={
+        "numba": numba_forward,
+        "cuda": cuda_forward,
+        "numba_cuda": lambda *arguments: _numba_cuda().cross_entropy_forward(*arguments),
+    },
     example=_example,
 )
 backward = Kernel(
     "cross_entropy_backward",
     reference=reference_backward,
-    versions={"numba": numba_backward},
+    versions={
+        "numba": numba_backward,
+        "cuda": cuda_backward,
+        "numba_cuda": lambda *arguments: _numba_cuda().cross_entropy_backward(*arguments),
+    },
     example=_backward_example,
     saved=_saved,
 )
 backward_inplace = Kernel(
     "cross_entropy_backward_inplace",
     reference=reference_backward_inplace,
-    versions={"numba": numba_backward_inplace},
+    versions={
+        "numba": numba_backward_inplace,
+        "cuda": cuda_backward_inplace,
+        "numba_cuda": lambda *arguments: _numba_cuda().cross_entropy_backward_inplace(*arguments),
+    },
     example=_backward_example,
     saved=_saved,
+)
+fused_inplace = Kernel(
+    "cross_entropy_fused_inplace",
+    reference=reference_fused_inplace,
+    versions={"numba": numba_fused_inplace, "cuda": cuda_fused_inplace},
+    example=_fused_example,
 )

@@ -13,8 +13,13 @@ Rungs
     reference   np.add.at, in the order of the tokens
     numba       each task owns some columns of dweight and walks the tokens in order: no two tasks write to the same
                 place, and the sums are the same bits for any number of threads
+    cuda        positions sorted by id on the device, and added up in equal pieces, whatever the ids: no atomics, token
+                order, the same bits in every run (embedding.cu)
 """
 
+import numpy as np
+
+from . import cuda
 from .device import empty, upcast, xp_of
 from .jit import contiguous, prange, prange_jit
 from .kernel import Kernel
@@ -71,6 +76,75 @@ def numba_backward(dy, ids, V):
     return dweight
 
 
+# ------------------------------------------------------------------ cuda
+
+_THREADS, _PIECE, _TILE = 256, 32, 1024  # as in embedding.cu
+_DIGIT = 10  # bits that one pass of the sort takes at most: a thread of a block for each digit
+
+_SOURCE = cuda.Source(
+    "embedding.cu",
+    {
+        f"{kernel}<{c_type}, {n}>": registers if n > 1 else min(registers, 48)
+        for kernel, registers in (("forward", 32), ("add_pieces", 120), ("add_parts", 40))
+        for c_type, widest in (("float", 4), ("bf16", 8), ("fp16", 8))
+        for n in (widest, 1)
+    }
+    | {"count_digits": 32, "add_up": 32, "move": 32, "find_first": 16},
+)
+
+
+def _instance(kernel, *arrays):
+    """(instance, elements per access)."""
+    x = arrays[0]
+    n = 16 // x.itemsize if cuda.wide(*arrays) else 1
+    return f"{kernel}<{cuda.c_type(x)}, {n}>", n
+
+
+def cuda_forward(weight, ids):
+    weight = weight if weight.strides[-1] == weight.itemsize else cuda.contiguous(weight)
+    ids, (V, D) = cuda.contiguous(ids, np.int32), weight.shape
+    y = empty(weight, (ids.size, D))
+    instance, n = _instance("forward", weight, y)
+    tokens = max(1, 4 * _THREADS * n // max(D, 1))
+    sizes = (np.int32(size) for size in (tokens, ids.size, V, D))
+    arguments = weight, np.int64(weight.strides[0] // weight.itemsize), ids, *sizes, y
+    _SOURCE.launch(instance, -(-ids.size // tokens) if D else 0, _THREADS, arguments)
+    return y
+
+
+def _sorted(ids, V):
+    """(positions in the order of their ids, equal ids in the order they came in; the ids in that order)."""
+    bits = max(1, (V - 1).bit_length())
+    passes = -(-bits // _DIGIT)
+    digit, tiles = max(5, -(-bits // passes)), -(-ids.size // _TILE)  # 32 threads at least
+    counts, order = empty(ids, (tiles << digit,)), None
+    sorted_ids = empty(ids, ids.shape)
+    for number in range(passes):
+        keys = ids, order, np.int32(ids.size), np.int32(V), np.int32(number * digit)
+        order = empty(ids, ids.shape)
+        _SOURCE.launch("count_digits", tiles, 1 << digit, (*keys, counts))
+        _SOURCE.launch("add_up", min(tiles, 1), 1024, (counts, np.int32(counts.size)))
+        last = sorted_ids if number == passes - 1 else None
+        _SOURCE.launch("move", tiles, 1 << digit, (*keys, counts, order, last))
+    return order, sorted_ids
+
+
+def cuda_backward(dy, ids, V):
+    dy, ids, D = cuda.contiguous(dy), cuda.contiguous(ids, np.int32), dy.shape[1]
+    order, sorted_ids = _sorted(ids, V)
+    dweight, first = empty(dy, (V, D)), empty(ids, (V + 1,))
+    pieces, tokens = -(-ids.size // _PIECE), np.int32(ids.size)
+    parts = empty(dy, (pieces, 2, D), np.float32)
+    _SOURCE.launch("find_first", V // _THREADS + 1, _THREADS, (sorted_ids, tokens, np.int32(V), first))
+    instance, n = _instance("add_pieces", dy, dweight, parts)
+    arguments = dy, order, sorted_ids, tokens, np.int32(D), dweight, parts
+    _SOURCE.launch(instance, -(-pieces * (D // n) // _THREADS), _THREADS, arguments)
+    instance, n = _instance("add_parts", dweight, parts)
+    arguments = first, parts, np.int32(V), np.int32(D), dweight
+    _SOURCE.launch(instance, -(-V * (D // n) // _THREADS), _THREADS, arguments)
+    return dweight
+
+
 # ------------------------------------------------------------------ table
 
 
@@ -95,12 +169,12 @@ def _backward_example(rng, size):
 forward = Kernel(
     "embedding_forward",
     reference=reference_forward,
-    versions={"numba": numba_forward},
+    versions={"numba": numba_forward, "cuda": cuda_forward},
     example=_forward_example,
 )
 backward = Kernel(
     "embedding_backward",
     reference=reference_backward,
-    versions={"numba": numba_backward},
+    versions={"numba": numba_backward, "cuda": cuda_backward},
     example=_backward_example,
 )

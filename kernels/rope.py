@@ -12,10 +12,12 @@ Derivation
 Rungs
     reference   the definition
     numba       one task per (b, t): its angles are read once for all heads
+    cuda        the same in 16-byte accesses; q and k are read where they lie (rope.cu)
 """
 
 import numpy as np
 
+from . import cuda
 from .device import empty, upcast, xp_of
 from .jit import contiguous, prange, prange_jit, strided
 from .kernel import Kernel
@@ -55,6 +57,34 @@ def numba_rope(x, cos, sin):
     return y
 
 
+# ------------------------------------------------------------------ cuda
+
+_ACCESSES = 512  # to each half of its heads by one block: 2 by each of its 256 threads
+
+_SOURCE = cuda.Source(
+    "rope.cu",
+    {
+        f"rotate<{c_type}, {n}>": 32 if n == 1 else 64
+        for c_type, widest in (("float", 4), ("bf16", 8), ("fp16", 8))
+        for n in (widest, 1)
+    },
+)
+
+
+def cuda_rope(x, cos, sin):
+    B, T, H, D = x.shape
+    if x.strides[-1] != x.itemsize:
+        x = cuda.contiguous(x)
+    y, half = empty(x, x.shape), D // 2
+    cos, sin = cuda.contiguous(cos, np.float32), cuda.contiguous(sin, np.float32)
+    n = 16 // x.itemsize if half * x.itemsize % 16 == 0 and cuda.wide(x, y, cos, sin) else 1
+    tokens = max(1, _ACCESSES * n // max(H * half, 1))
+    strides = (np.int64(s // x.itemsize) for s in x.strides[:-1])
+    sizes = (np.int32(size) for size in (tokens, B * T, T, H, half))
+    _SOURCE.launch(f"rotate<{cuda.c_type(x)}, {n}>", -(-B * T // tokens), 256, (x, *strides, cos, sin, *sizes, y))
+    return y
+
+
 # ------------------------------------------------------------------ table
 
 
@@ -70,6 +100,6 @@ def _example(rng, size):
 rotate = Kernel(
     "rope",
     reference=reference_rope,
-    versions={"numba": numba_rope},
+    versions={"numba": numba_rope, "cuda": cuda_rope},
     example=_example,
 )

@@ -12,7 +12,9 @@ one per input: those of inputs that need no gradient are dropped, with everythin
 a way back names is exactly what stays in memory until `backward`; `saved_arrays` shows it.
 
 Positional arguments are inputs (Tensors or arrays), keyword arguments are constants. An op with several results returns
-them as a tuple and gets one g for each. An op that names a keyword `needs` is told which inputs need a gradient.
+them as a tuple and gets one g for each. An op that names a keyword `needs` is told which inputs need a gradient. A way
+back that names a keyword `into` is given the array that its gradient would be added to, where there is one and nothing
+else will be added: it may do that itself, and return the array; of a function g -> (dx, dy), `into` has one per input.
 
 First order only: gradients are arrays, not Tensors. Each op's docstring gives its equation, its gradient, what it
 keeps, and under `Example:` a call whose sizes are letters: the tests draw thousands of such calls from that line, and
@@ -20,6 +22,7 @@ scripts/explain_gradient.py one.
 """
 
 import builtins
+import collections
 import contextlib
 import contextvars
 import functools
@@ -121,7 +124,8 @@ def _source(tensor):
 
 
 def _ancestors(tensors):
-    seen = {_source(t): None for t in tensors if t.requires_grad}
+    """{node or leaf: how many gradients a backward() from these Tensors sends it}."""
+    seen = collections.Counter(_source(t) for t in tensors if t.requires_grad)
     stack = list(seen)
     while stack:
         node = stack.pop()
@@ -131,9 +135,10 @@ def _ancestors(tensors):
                     f"the graph behind {node.op.__name__} was consumed by an earlier backward(); run the forward again"
                 )
             for parent, _ in node.parents:
-                if parent is not None and parent not in seen:
-                    seen[parent] = None
-                    stack.append(parent)
+                if parent is not None:
+                    if parent not in seen:
+                        stack.append(parent)
+                    seen[parent] += 1
     return seen
 
 
@@ -146,19 +151,30 @@ def backward(tensors, gradients):
         raise RuntimeError("backward() from a Tensor that nothing with requires_grad=True led to")
     # node -> {index of its result: (its gradient so far, whether that array was made here)}. Only a sum made here may
     # be added to in place: what a way back returned may be another node's gradient, or an array that an op keeps.
-    pending = {node: {} for node in _ancestors(tensors)}
+    awaited = _ancestors(tensors)
+    pending = {node: {} for node in awaited}
 
     def send(node, index, g):
         have = pending[node]
         if index not in have:
             have[index] = g, False
-            return
-        total, made_here = have[index]
-        if made_here:
-            total += g
         else:
-            total = total + g
-        have[index] = total, True
+            total, made_here = have[index]
+            if made_here:
+                total += g
+            else:
+                total = total + g
+            have[index] = total, True
+        awaited[node] -= 1
+        if (
+            isinstance(node, Tensor) and not awaited[node]
+        ):  # a leaf's gradient waits for no turn: its memory is free now
+            _accumulate(node, have.pop(0)[0])
+
+    def buffer_of(node):
+        """The gradient of a leaf that the next one sent to it is simply added to, else None."""
+        alone = isinstance(node, Tensor) and awaited[node] == 1 and not pending[node]
+        return node.grad if alone else None
 
     for tensor, gradient in zip(tensors, gradients, strict=True):
         if tensor.requires_grad:
@@ -166,7 +182,6 @@ def backward(tensors, gradients):
     for node in sorted(pending, key=lambda n: n.born, reverse=True):
         have = pending.pop(node)
         if isinstance(node, Tensor):
-            _accumulate(node, have[0][0])
             continue
         op, parents, way_back = node.op, node.parents, node.way_back
         node.parents, node.way_back = (), None  # what it kept is freed as soon as it has run
@@ -176,8 +191,9 @@ def backward(tensors, gradients):
             for i, (shape, dtype) in enumerate(node.outputs)
         ]
         del have
-        for i, ((parent, index), dx) in enumerate(zip(parents, _run_back(way_back, g), strict=True)):
-            if parent is not None:
+        into = [buffer_of(parent) for parent, _ in parents]
+        for i, ((parent, index), dx) in enumerate(zip(parents, _run_back(way_back, g, into), strict=True)):
+            if parent is not None and (dx is None or dx is not into[i]):
                 shape = parent.shape if isinstance(parent, Tensor) else parent.outputs[index][0]
                 if dx is None or dx.shape != shape:
                     got = "no gradient" if dx is None else f"a gradient of shape {dx.shape}"
@@ -185,10 +201,17 @@ def backward(tensors, gradients):
                 send(parent, index, dx)
 
 
-def _run_back(way_back, g):
+def _run_back(way_back, g, into):
     if callable(way_back):
-        return way_back(*g)
-    return [back and back(*g) for back in way_back]
+        return way_back(*g, into=into) if _adds_itself(way_back) else way_back(*g)
+    return [
+        back and (back(*g, into=array) if array is not None and _adds_itself(back) else back(*g))
+        for back, array in zip(way_back, into, strict=True)
+    ]
+
+
+def _adds_itself(back):
+    return "into" in (getattr(back, "__kwdefaults__", None) or ())
 
 
 def _accumulate(leaf, g):
@@ -271,8 +294,11 @@ def checkpoint(f, *inputs):
             outputs = f(*(None if a is None else Tensor(a) for a in arrays))
         several = isinstance(outputs, tuple)
 
-        def way_back(*g):
+        def way_back(*g, into=None):
             leaves = [None if a is None else Tensor(a, requires_grad=n) for a, n in zip(arrays, needs, strict=True)]
+            for leaf, array in zip(leaves, into or (), strict=False):
+                if leaf is not None:
+                    leaf.grad = array
             with _record("yes"):
                 again = f(*leaves)
             again = again if several else (again,)

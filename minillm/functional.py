@@ -18,6 +18,7 @@ from minillm.kernels import layer_norm as layer_norm_kernels
 from minillm.kernels import rms_norm as rms_norm_kernels
 from minillm.kernels import rope as rope_kernels
 from minillm.kernels import swiglu as swiglu_kernels
+from minillm.kernels.blas import multiply
 from minillm.kernels.device import beside, check_ids, empty, upcast, xp_of
 
 # ------------------------------------------------------------------ embedding and linear
@@ -42,7 +43,8 @@ def linear(x, weight, bias=None):
     """y = x weight^T + bias: x (..., K), weight (N, K) as checkpoints store it, bias (N,) or None, y (..., N).
 
     dx = g weight, dweight = g^T x, dbias = sum of g over the rows: y_in = sum_k x_ik w_nk, so w_nk meets g_in through
-    x_ik for every row i. The weight is used in x's dtype; its gradient has its own.
+    x_ik for every row i. The weight is used in x's dtype; its gradient, a sum over many rows, has at least 32 bits,
+    and the product itself adds it to what is in weight.grad (kernels/blas.py).
     Keeps weight for dx and x for dweight.
     Example: linear(randn(B, T, K), randn(N, K), randn(N))
     """
@@ -50,17 +52,17 @@ def linear(x, weight, bias=None):
         raise ValueError(f"linear: x {x.shape} has width {x.shape[-1]}, weight {weight.shape} takes {weight.shape[1]}")
     rows, (N, K), lead = math.prod(x.shape[:-1]), weight.shape, x.shape[:-1]
     flat, w = x.reshape(rows, K), weight.astype(x.dtype, copy=False)  # one large product instead of many small ones
-    y = (flat @ w.T).astype(x.dtype, copy=False)  # NumPy multiplies bfloat16 into float32
+    y, wide = multiply(flat, w.T), upcast(flat[:0]).dtype
     if bias is not None:
         y += bias.astype(x.dtype, copy=False)
 
     def dx(g):
-        return (g.reshape(rows, N) @ w).reshape(*lead, K)
+        return multiply(g.reshape(rows, N), w).reshape(*lead, K)
 
-    def dweight(g):
-        return g.reshape(rows, N).T @ flat
+    def dweight(g, *, into=None):
+        return multiply(g.reshape(rows, N).T, flat, into, wide, add=into is not None)
 
-    return y.reshape(*lead, N), (dx, dweight, lambda g: g.reshape(rows, N).sum(0))
+    return y.reshape(*lead, N), (dx, dweight, lambda g: g.reshape(rows, N).sum(0, dtype=wide))
 
 
 # ------------------------------------------------------------------ norms
@@ -402,9 +404,9 @@ class _HeadGradient:
 
     def add(self, chunk, dlogits):
         if self.dhidden is not None:
-            xp_of(dlogits).matmul(dlogits, self.weight, out=self.dhidden[chunk])
+            multiply(dlogits, self.weight, self.dhidden[chunk])
         if self.dweight is not None:
-            self.dweight += dlogits.T @ self.hidden[chunk]
+            multiply(dlogits.T, self.hidden[chunk], self.dweight, add=True)
 
 
 @op
@@ -439,7 +441,7 @@ def linear_cross_entropy(
     gradient = _HeadGradient(h, cast_weight, needs)
     total = xp.zeros((), w.dtype)
     for chunk in _row_chunks(len(h), V, h.itemsize, rows_per_chunk):
-        logits = h[chunk] @ cast_weight.T
+        logits = multiply(h[chunk], cast_weight.T)
         loss, m, log_total, a, c, d = _loss_rows(logits, t[chunk], label_smoothing, z_loss)
         total = total + (loss * w[chunk]).sum()
         if any(needs):
@@ -475,7 +477,7 @@ def linear_token_logprobs(
     dtype = upcast(hidden[:0]).dtype
     m, log_total, logp, H = (xp.zeros(len(h), dtype) for _ in range(4))
     for chunk in chunks:
-        logits = h[chunk] @ cast_weight.T
+        logits = multiply(h[chunk], cast_weight.T)
         found = cross_entropy_kernels.forward(logits, t[chunk], 1 / temperature)
         m[chunk], log_total[chunk], x_target, _, x_mean = found
         logp[chunk], H[chunk] = x_target - log_total[chunk], log_total[chunk] - x_mean
@@ -486,7 +488,7 @@ def linear_token_logprobs(
         coefficients = _logprob_coefficients(g, g_H, H, log_total)
         gradient = _HeadGradient(h, cast_weight, needs)
         for chunk in chunks:
-            logits = h[chunk] @ cast_weight.T
+            logits = multiply(h[chunk], cast_weight.T)
             row_values = (m[chunk], log_total[chunk], *(x[chunk] for x in coefficients))
             args = (logits, t[chunk], *row_values, 1 / temperature)
             gradient.add(chunk, cross_entropy_kernels.backward_inplace(*args))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .kernels import adamw
-from .kernels.device import device_of, to_host, xp_of
+from .kernels.device import device_of, number, xp_of
 
 
 class Run(NamedTuple):
@@ -51,26 +51,14 @@ class AdamW:
         self.gradients = [run.grad for run in _runs(trained, lambda *_: True)]  # in as few pieces as there are
         first = self.runs[0].data
         size, xp = sum(run.data.size for run in self.runs), xp_of(first)
-        self.m, self.v = xp.zeros(size, first.dtype), xp.zeros(size, first.dtype)
-        self._asked, self._left_out = 0, None  # updates; those of them that a GPU has left out, an array there
-
-    @property
-    def steps(self):
-        """How many updates have been made. Waits for the GPU where it may have left some out."""
-        return self._asked - (0 if self._left_out is None else int(to_host(self._left_out)))
+        self.m, self.v, self.steps = xp.zeros(size, first.dtype), xp.zeros(size, first.dtype), 0
 
     def step(self, lr=None, scale=1.0):
         """One update. lr: this step's learning rate (the constructor's); scale: multiplies every gradient first. It may
-        be an array () on the GPU (`gpu_clip_scale`), and where it is NaN nothing is changed and no update counted."""
-        self._asked += 1
-        offset, step = 0, self._asked
-        if device_of(scale) == "cuda":
-            xp = xp_of(scale)
-            if self._left_out is None:
-                self._left_out = xp.zeros((), scale.dtype)
-            self._left_out += xp.isnan(scale)
-        if self._left_out is not None:
-            step = step - self._left_out
+        be an array () on the GPU (`gpu_clip_scale`), and where it is NaN nothing is changed; `steps` counts such an
+        update, too, until whoever reads of it takes it back."""
+        self.steps += 1
+        offset = 0
         for data, grad, decays in self.runs:
             part = slice(offset, offset + data.size)
             offset += data.size
@@ -84,7 +72,7 @@ class AdamW:
                 beta2=self.betas[1],
                 eps=self.eps,
                 weight_decay=self.weight_decay if decays else 0.0,
-                step=step,
+                step=self.steps,
                 scale=scale,
             )
 
@@ -104,7 +92,7 @@ class AdamW:
             if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
                 raise ValueError(f"{theirs.size:,} moments in {theirs.dtype}, not {ours.size:,} in {ours.dtype}")
             ours[...] = xp_of(ours).asarray(theirs)
-        self._asked, self._left_out = int(state["steps"]), None
+        self.steps = int(state["steps"])
 
     def grad_norm(self):
         """The L2 norm of all gradients together, that of one long vector: a float, or on a GPU an array ()."""
@@ -148,7 +136,7 @@ def global_norm(gradients):
     product does not promise."""
     total, gradients = 0.0, list(gradients)
     if gradients and device_of(gradients[0]) == "cuda":
-        return xp_of(gradients[0]).sqrt(sum((g * g).sum(dtype="float64") for g in gradients))
+        return xp_of(gradients[0]).sqrt(sum(number(adamw.sum_of_squares(g).reshape(())) for g in gradients))
     for g in gradients:
         g = g.reshape(-1)
         whole = g.size // 512 * 512

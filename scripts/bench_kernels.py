@@ -2,15 +2,27 @@
 Time every version of every kernel on its large example, in one interleaved run.
 
     python scripts/bench_kernels.py [--only TEXT] [--rounds N] [--dtype float32|float64]
+    python scripts/bench_kernels.py --device cuda --dtype bfloat16 --check --json kernels.json
 
-The versions take turns, so that whatever else the machine does meets all of them; each time is the best of the rounds,
-and a ratio says how much faster than the reference a version is. A version that does not exist is shown as missing.
+The versions take turns, so that whatever else the machine does meets all of them; a ratio says how much faster than the
+reference a version is. A version that does not exist is shown as missing; no version is timed in another's place.
+
+On the CPU a time is the best of the rounds. On a GPU it is their median, by CUDA events around several calls, on inputs
+that take turns so that they do not stay in the cache; beside it stands what that is of the bandwidth or of the rate of
+arithmetic that this GPU has just shown in a copy and in a product. Where PyTorch is installed, its own kernels and
+torch.compile's take their turns, too. --check compares every version with the reference in float64 first, on ragged
+shapes and on the timed one, with outputs that are full of NaN before; what is wrong is not timed.
 """
 
 import argparse
+import contextlib
 import importlib
+import itertools
+import json
+import math
 import pkgutil
 import platform
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -20,67 +32,269 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 import minillm.kernels  # before NumPy: it says how long idle BLAS threads may spin
 
 # isort: split
+import ml_dtypes
 import numba
 import numpy as np
 
+from minillm.kernels import blas
+from minillm.kernels.device import to_device, xp_of
 from minillm.kernels.kernel import KERNELS
+from scripts.torch_kernels import counterparts
 
 VERSIONS = ["reference", "numba", "cuda", "numba_cuda"]
+DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+# ||result - exact|| / ||exact||: a few roundings of a result, whose inputs are the same numbers
+TOLERANCE = {"float64": 1e-10, "float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
+IN_CACHE = 256 << 20  # bytes that no GPU's cache holds
+CALLS = 8  # of a version between two events: longer than it takes to ask for them
+
+
+# ------------------------------------------------------------------ arguments
+
+
+def is_array(x):
+    return hasattr(x, "dtype") and hasattr(x, "nbytes") and x.ndim > 0
+
+
+def example(kernel, seed, size, dtype, device):
+    """The arguments of a call, its arrays on a device. Large ones for a GPU are drawn there."""
+    xp = xp_of(to_device(np.zeros(1), device))
+    drawn = xp.random.default_rng(seed) if size == "gpu" else np.random.default_rng(seed)
+    args, kwargs = kernel.example(drawn, size, dtype)
+    return [to_device(x, device) if is_array(x) else x for x in args], kwargs
 
 
 def fresh(args):
     """Copies of the arrays: an in-place kernel must not meet its own results."""
-    return [x.copy() if isinstance(x, np.ndarray) else x for x in args]
-
-
-def measure(kernel, rounds, dtype):
-    """{version: best seconds} of one kernel; versions that are missing are left out."""
-    args, kwargs = kernel.example(np.random.default_rng(0), "large", dtype)
-    best = {}
-    for _ in range(rounds + 1):  # the first round compiles and touches the memory
-        for name in VERSIONS:
-            if name == "reference" or name in kernel.versions:
-                mine = fresh(args)
-                begin = time.perf_counter()
-                kernel.version(name)(*mine, **kwargs)
-                best.setdefault(name, []).append(time.perf_counter() - begin)
-    return {name: min(times[1:]) for name, times in best.items()}, args
+    return [x.copy() if is_array(x) else x for x in args]
 
 
 def shapes(args):
     """The sizes of the arrays with more than one axis, or of the first."""
-    arrays = [x for x in args if isinstance(x, np.ndarray)]
+    arrays = [x for x in args if is_array(x)]
     sizes = ["x".join(map(str, x.shape)) for x in arrays if x.ndim > 1] or [str(arrays[0].size)]
     return ", ".join(dict.fromkeys(sizes))
 
 
-def main():
+def results_of(kernel, version, args, kwargs):
+    results = kernel.version(version)(*args, **kwargs)
+    return results if isinstance(results, tuple) else (results,)
+
+
+# ------------------------------------------------------------------ checking
+
+
+@contextlib.contextmanager
+def poisoned(xp):
+    """Context manager: new arrays are full of NaN, so that an element that is never written shows."""
+    empty = xp.empty
+
+    def full(shape, dtype=float, **options):
+        array = empty(shape, dtype, **options)
+        array.reshape(-1).view(np.uint8)[...] = 0xFF
+        return array
+
+    xp.empty = full
+    try:
+        yield
+    finally:
+        xp.empty = empty
+
+
+def distance(results, exact):
+    """The largest ||result - exact|| / ||exact|| of some arrays; inf where one has a NaN that the other has not."""
+    worst = 0.0
+    for r, e in zip(results, exact, strict=True):
+        xp, r, e = xp_of(e), r.astype(np.float64).reshape(-1), e.astype(np.float64).reshape(-1)
+        finite = xp.isfinite(e)
+        if not bool(((r == e) | finite).all()) or not bool(xp.isfinite(xp.where(finite, r, 0)).all()):
+            return math.inf
+        difference = xp.where(finite, r - xp.where(finite, e, 0), 0)
+        worst = max(worst, float(xp.sqrt((difference**2).sum()) / xp.maximum(xp.sqrt((e[finite] ** 2).sum()), 1e-30)))
+    return worst
+
+
+def check(kernel, version, dtype, device, sizes):
+    """The largest distance of a version from the reference in float64 over several examples."""
+    worst = 0.0
+    for size, seed in sizes:
+        args, kwargs = example(kernel, seed, size, DTYPES[dtype], device)
+        exact_args = [x.astype(np.float64) if is_array(x) and x.dtype.kind in "fV" else x for x in fresh(args)]
+        exact = results_of(kernel, "reference", exact_args, kwargs)
+        with poisoned(xp_of(next(x for x in args if is_array(x)))):
+            results = results_of(kernel, version, args, kwargs)
+        worst = max(worst, distance(results, exact))
+    return worst
+
+
+# ------------------------------------------------------------------ timing
+
+
+def best_on_host(calls, rounds):
+    """{name: best seconds} of {name: (function, arguments)}, in turns, each call on copies of its arguments."""
+    times = {name: [] for name in calls}
+    for _ in range(rounds + 1):  # the first round compiles and touches the memory
+        for name, (function, args, kwargs) in calls.items():
+            mine = fresh(args)
+            begin = time.perf_counter()
+            function(*mine, **kwargs)
+            times[name].append(time.perf_counter() - begin)
+    return {name: min(seconds[1:]) for name, seconds in times.items()}
+
+
+def median_on_gpu(calls, rounds):
+    """{name: median seconds} of {name: (function, several sets of arguments, kwargs)}, in turns, by CUDA events."""
+    cuda = xp_of(to_device(np.zeros(1), "cuda")).cuda
+    times = {name: [] for name in calls}
+    for _ in range(rounds + 2):  # the first rounds compile, load and warm up
+        for name, (function, sets, kwargs) in calls.items():
+            turns = itertools.cycle(sets)
+            begin, end = cuda.Event(), cuda.Event()
+            begin.record()
+            for _ in range(CALLS):
+                function(*next(turns), **kwargs)
+            end.record()
+            end.synchronize()
+            times[name].append(cuda.get_elapsed_time(begin, end) / 1e3 / CALLS)
+    return {name: statistics.median(seconds[2:]) for name, seconds in times.items()}
+
+
+def ceilings(rounds):
+    """What this GPU does: bytes per second of a copy, read and written, and operations per second of a product."""
+    cp = xp_of(to_device(np.zeros(1), "cuda"))
+    x, y = cp.random.default_rng(0).random((2, 1 << 28), dtype=np.float32)
+    a, b = (
+        cp.random.default_rng(s).standard_normal((8192, 8192), np.float32).astype(DTYPES["bfloat16"]) for s in (1, 2)
+    )
+    calls = {"copy": (cp.copyto, [(y, x)], {}), "product": (blas.multiply, [(a, b)], {})}
+    seconds = median_on_gpu(calls, rounds)
+    return 2 * x.nbytes / seconds["copy"], 2 * 8192**3 / seconds["product"]
+
+
+def bytes_moved(kernel, args, results):
+    """The fewest bytes a call can move: each array read once, each result written once."""
+    if kernel.name == "embedding_forward":  # the rows that are picked, not the table
+        return 2 * results[0].nbytes
+    return sum(x.nbytes for x in args if is_array(x)) + sum(r.nbytes for r in results)
+
+
+def measure(kernel, dtype, device, rounds, wrong):
+    """(the arguments, {version: seconds}, bytes moved, operations) of one kernel on its timed example. What is wrong is
+    not timed."""
+    if device == "cpu":
+        args, kwargs = example(kernel, 0, "large", DTYPES[dtype], device)
+        names = ["reference", *(n for n in ("numba",) if n in kernel.versions and n not in wrong)]
+        return args, best_on_host({n: (kernel.version(n), args, kwargs) for n in names}, rounds), 0, 0
+    args, kwargs = example(kernel, 0, "gpu", DTYPES[dtype], device)
+    results = results_of(kernel, kernel.choose(args[0]), fresh(args), kwargs)
+    size = bytes_moved(kernel, args, results)
+    del results
+    sets = [fresh(args) for _ in range(max(1, min(8, IN_CACHE // size)))]
+    names = [n for n in ("cuda", "numba_cuda") if n in kernel.versions and n not in wrong]
+    calls = {n: (kernel.version(n), sets, kwargs) for n in names}
+    calls["reference"] = (kernel.version("reference"), sets, kwargs)
+    calls |= {name: (function, sets, {}) for name, function in counterparts(kernel.name, args, kwargs).items()}
+    return args, median_on_gpu(calls, rounds), size, kernel.operations(*args)
+
+
+# ------------------------------------------------------------------ tables
+
+
+def cpu_row(kernel, args, times):
+    cells = [f"{1e3 * times[name]:.2f}" if name in times else "missing" for name in VERSIONS[:2]]
+    ratio = times["reference"] / min(times.values())
+    return f"{kernel.name:<32}" + "".join(f"{c:>14}" for c in cells) + f"{ratio:>11.1f}x  {shapes(args)}"
+
+
+def gpu_rows(kernel, args, times, size, operations, bandwidth, rate):
+    """A line for each version: time, rate, share of the ceiling, and how it compares with this project's."""
+    ours = times.get("cuda")
+    for name in ["cuda", "numba_cuda", *(n for n in times if n not in VERSIONS), "reference"]:
+        if name not in times:
+            yield f"{kernel.name:<32}{name:<22}{'missing':>10}"
+            continue
+        seconds = times[name]
+        done, unit, most = (operations, "TFLOP/s", rate) if operations else (size, "GB/s", bandwidth)
+        scale = 1e12 if operations else 1e9
+        against = f"{seconds / ours:>8.2f}x" if ours else f"{'':>9}"
+        shown = f"{done / seconds / scale:>10.1f} {unit:<8}{done / seconds / most:>7.0%}"
+        yield f"{kernel.name:<32}{name:<22}{1e6 * seconds:>10.1f}{shown}{against}  {shapes(args)}"
+
+
+def parse():
     parser = argparse.ArgumentParser(description="Time every version of every kernel against its reference.")
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name contains TEXT")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, of which the best counts (5)")
-    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (5)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="float types of 16 bits are for a GPU")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--check", action="store_true", help="compare every version with float64 before it is timed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
+    if options.device == "cpu" and options.dtype in ("bfloat16", "float16"):
+        parser.error("the CPU's kernels take float32 and float64; 16 bits are for --device cuda")
     for module in pkgutil.iter_modules(minillm.kernels.__path__):
         if Path(minillm.kernels.__file__).with_name(f"{module.name}.py").exists():
             importlib.import_module(f"minillm.kernels.{module.name}")
-    chosen = [kernel for kernel in KERNELS if options.only in kernel.name]
-    if not chosen:
-        parser.error(f"no kernel's name contains {options.only!r}; there are {', '.join(k.name for k in KERNELS)}")
+    options.kernels = [kernel for kernel in KERNELS if options.only in kernel.name]
+    if not options.kernels:
+        names = ", ".join(k.name for k in KERNELS)
+        parser.error(f"no kernel's name contains {options.only!r}; there are {names}")
+    return options
 
+
+def checked(kernel, dtype, device):
+    """{version: largest distance} of the fast versions; those that can not take this dtype are left out."""
+    sizes = [("ragged", seed) for seed in range(12)] + [("extreme", seed) for seed in range(4)]
+    sizes.append(("large" if device == "cpu" else "gpu", 0))
+    versions = ["numba"] if device == "cpu" else ["cuda", "numba_cuda"]
+    return {v: check(kernel, v, dtype, device, sizes) for v in versions if v in kernel.versions}
+
+
+def about(options):
+    """What was measured on what."""
     threads = numba.get_num_threads()
-    print(
-        f"{platform.machine()}, {threads} threads, NumPy {np.__version__}, Numba {numba.__version__}, {options.dtype}"
-    )
-    print(f"{'kernel':<32}" + "".join(f"{name + ' ms':>14}" for name in VERSIONS) + f"{'best ratio':>12}  arrays")
-    for kernel in chosen:
-        times, args = measure(kernel, options.rounds, options.dtype)
-        cells = [f"{1e3 * times[name]:.2f}" if name in times else "missing" for name in VERSIONS]
-        ratio = times["reference"] / min(times.values())
-        print(
-            f"{kernel.name:<32}" + "".join(f"{c:>14}" for c in cells) + f"{ratio:>11.1f}x  {shapes(args)}", flush=True
-        )
+    versions = f"NumPy {np.__version__}, Numba {numba.__version__}"
+    if options.device == "cpu":
+        return f"{platform.machine()}, {threads} threads, {versions}, {options.dtype}"
+    cp = xp_of(to_device(np.zeros(1), "cuda"))
+    name = cp.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    return f"{name}, CuPy {cp.__version__}, CUDA {cp.cuda.runtime.runtimeGetVersion()}, {versions}, {options.dtype}"
+
+
+def main():
+    options = parse()
+    noted = {"date": time.strftime("%Y-%m-%d"), "about": about(options), "command": " ".join(sys.argv), "rows": []}
+    print(noted["about"])
+    bandwidth = rate = 1
+    if options.device == "cuda":
+        bandwidth, rate = ceilings(options.rounds)
+        noted |= {"bytes_per_second": bandwidth, "operations_per_second": rate}
+        print(f"ceilings of this run: copy {bandwidth / 1e9:,.0f} GB/s, bf16 product {rate / 1e12:,.0f} TFLOP/s")
+        print(f"{'kernel':<32}{'version':<22}{'us':>10}{'rate':>19}{'share':>7}{'/ cuda':>9}  arrays")
+    else:
+        print(f"{'kernel':<32}" + "".join(f"{name + ' ms':>14}" for name in VERSIONS[:2]) + f"{'ratio':>12}  arrays")
+    wrong = 0
+    for kernel in options.kernels:
+        errors = checked(kernel, options.dtype, options.device) if options.check else {}
+        bad = {version for version, error in errors.items() if not error <= TOLERANCE[options.dtype]}
+        for version in bad:
+            print(
+                f"{kernel.name:<32}{version:<22}WRONG: {errors[version]:.1e} from the reference in float64", flush=True
+            )
+        wrong += len(bad)
+        args, times, size, operations = measure(kernel, options.dtype, options.device, options.rounds, bad)
+        if options.device == "cpu":
+            print(cpu_row(kernel, args, times), flush=True)
+        else:
+            print(*gpu_rows(kernel, args, times, size, operations, bandwidth, rate), sep="\n", flush=True)
+        row = {"kernel": kernel.name, "arrays": shapes(args), "seconds": times, "errors": errors}
+        noted["rows"].append(row | {"bytes": size, "operations": operations})
+        if options.json:  # after each kernel: a run that is cut off has told what it knew
+            options.json.write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8")
+    if wrong:
+        sys.exit(f"{wrong} versions are wrong, and were not timed")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ TRAINERS = ["tests/test_exact.py", "tests/test_trainers.py"]
 DEVICE = "tests/test_device.py"
 AREAS = {
     "kernels/device.py": ["tests/test_functional.py", DEVICE],
-    "kernels/adamw.py": [*ENGINE, DEVICE],
     "minillm/losses.py": ["tests/test_losses.py"],
     "minillm/optim.py": ["tests/test_optim.py", DEVICE],
     "minillm/lora.py": ["tests/test_lora.py"],
@@ -228,7 +227,6 @@ FAULTS = {
         ("lr / (1 - beta1**step)", "lr", "adamw: the first moment's bias is not corrected"),
         ("(np.sqrt(v_i) * root + eps)", "np.sqrt(v_i * root * root + eps)", "adamw: eps stands inside the root"),
         ("(1 - lr * weight_decay,", "(1 - weight_decay,", "adamw: the decay without the learning rate"),
-        ("x[...] = xp.where(left_out, old, x)", "pass", "adamw: on a GPU an update that is left out leaves NaN"),
     ],
     "kernels/jit.py": [
         ("y = _ZERO if x < _LOW else y\n        ", "", "exp: e^-inf is not 0"),
@@ -296,7 +294,6 @@ FAULTS = {
             "xp.isfinite(norm)",
             "finite: on a GPU an infinite loss is fine",
         ),
-        ("self._left_out += xp.isnan(scale)", "pass", "optimizer: on a GPU what was left out is counted as an update"),
         (
             "done = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))",
             "done = min(1.0, (step - warmup) / max(1, steps - warmup))",
@@ -364,6 +361,7 @@ FAULTS = {
             "        arrays,",
             "looked: saves an update not looked at",
         ),
+        ("update.optimizer.steps -= 1", "pass", "left: what was left out is counted as an update"),
         ("update.sums is self.rows[0].sums", "False", "rows: written before all of their updates are read"),
         ("learning_rate: update.lr}, update.sums)", "learning_rate: update.lr})", "rows: numbers go to the next one"),
         ("        self._cut(files)\n", "", "resume: rows behind the checkpoint stay, and come twice"),

@@ -34,8 +34,9 @@ ARROWS = {
     "kernels.jit": ["kernels.device"],
     "kernels.kernel": ["kernels.device"],
     "kernels.cuda": ["kernels.device", "kernels.jit"],
+    "kernels.numba_cuda": ["kernels.device"],
     # Nothing of another op: Numba's cache does not see an edit in a second file, and only jit.py is hashed into it.
-    OP: ["kernels.device", "kernels.jit", "kernels.kernel", "kernels.cuda"],
+    OP: ["kernels.device", "kernels.jit", "kernels.kernel", "kernels.cuda", "kernels.numba_cuda"],
     "autograd": ["kernels.device"],
     "functional": ["kernels.device", OP, "autograd"],
     "optim": ["kernels.device", OP],
@@ -85,6 +86,8 @@ ARROWS = {
         "kernels",
         "kernels.jit",
         "kernels.kernel",
+        "kernels.cuda",
+        "kernels.numba_cuda",
         OP,
     ],
 }

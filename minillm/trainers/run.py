@@ -246,6 +246,7 @@ class Update(NamedTuple):
     """An update whose numbers are not read yet."""
 
     step: int
+    optimizer: object  # if it has counted this update though the GPU may have left it out; else None
     numbers: object  # function() -> {metric: float}, with the gradient's norm under `norm`
     norm: str
     lr: float
@@ -493,7 +494,9 @@ class Run:
         optimizer.zero_grad()
         self.count(tokens)
         name = f"{prefix}grad_norm"
-        self.updates.append(Update(self.step, later({**metrics, name: norm}), name, lr, self._batch(), self.sums))
+        numbers = later({**metrics, name: norm})
+        counted = optimizer if on_gpu else None
+        self.updates.append(Update(self.step, counted, numbers, name, lr, self._batch(), self.sums))
         self._read(1 if on_gpu else 0)
 
     def _read(self, left):
@@ -506,6 +509,8 @@ class Run:
                 self.add({**metrics, learning_rate: update.lr}, update.sums)
             elif self.settings.on_nan == "skip":
                 self.skipped += 1
+                if update.optimizer is not None:
+                    update.optimizer.steps -= 1
             else:
                 norm = metrics.pop(update.norm)
                 told = "".join(f", {name} is {short_number(value)}" for name, value in metrics.items())

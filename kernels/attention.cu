@@ -1,0 +1,600 @@
+// Attention in CUDA C++: the contract, the equations and the names are those of attention.py, beside which this is the
+// next rung. Tiles of queries and keys meet as in its Numba version; a block of threads owns a tile of one side and
+// streams over the tiles of the other side that anybody in its own sees:
+//
+//     forward            owns queries, streams keys      s = q k^T            acc += p v
+//     backward_queries   owns queries, streams keys      s, dp = do v^T       dq  += ds k
+//     backward_keys      owns keys, streams queries      s^T, dp^T = v do^T   dv  += p^T do     dk += ds^T q
+//
+// So everything is made of two products, `products` (rows of one tile with rows of another) and `accumulate` (rows
+// weighed and added), and these are written twice: for the tensor cores (16-bit numbers) and for float.
+//
+// Rungs, each in what it adds to the one before. Predicted for an H200, not measured: TFLOP/s of the forward at D = 128,
+// T = 4096, all keys seen; of the forward at D = 64, T = 1024, causal; of the backward at D = 128.
+//     float, tiles in shared memory                                                         5-12     3-7      2-6
+//     tensor cores, which take a 16 x 16 tile per instruction                               50-90   40-60    30-50
+//     ldmatrix from swizzled rows: 8 rows of one column lie in 8 different groups of banks 210-260 130-160  100-130
+//     the next tile arrives (cp.async) while this one is worked on; own rows in registers  240-285 145-175  110-150
+//     32 rows per warp, which halves what is read of the streamed tile; tiles that nobody
+//       sees are skipped, and the masking where all see all; long blocks start first       285-330 170-205
+//     backward in one pass (ONE_PASS): 5 products per pair of tiles, not 7; dq by atomics                     150-190
+#include "common.cuh"
+
+// An operand (B, T, H, D) whose last axis is contiguous, and its strides in numbers.
+#define VIEW(x) const T *x, long long x##_b, long long x##_t, long long x##_h
+
+// ------------------------------------------------------------------ who sees whom
+
+// The columns [first, end) that a row sees. As start never falls, neither of the two does from one row to the next.
+struct Seen {
+    int first, end;
+};
+
+struct KeysOfQuery {
+    const int* start;
+    int rows, shift;
+    __device__ Seen operator()(int i) const { return i < rows ? Seen{start[i], i + shift + 1} : Seen{0, 0}; }
+};
+
+struct QueriesOfKey {
+    const int* end;  // of each key: the first query behind all that see it or an earlier key
+    int rows, shift;
+    __device__ Seen operator()(int j) const { return j < rows ? Seen{max(j - shift, 0), end[j]} : Seen{0, 0}; }
+};
+
+// What some of several rows see, and what each of them does.
+struct Sight {
+    Seen some, all;
+    __device__ bool any(int column, int columns) const { return column < some.end && column + columns > some.first; }
+    __device__ bool whole(int column, int columns) const { return column >= all.first && column + columns <= all.end; }
+};
+
+template <typename Rows> __device__ __forceinline__ Sight sight(const Rows& seen, int row, int count) {
+    if (row >= seen.rows) return {{0, 0}, {0, 0}};
+    Seen top = seen(row), bottom = seen(min(row + count, seen.rows) - 1);
+    return {{top.first, bottom.end}, {bottom.first, top.end}};
+}
+
+// end[b, j] = how many queries have start <= j: as start never falls, the queries before it and no others.
+__global__ void ends(const int* start, int* end, int B, int Tq, int Tk) {
+    long long n = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+    if (n >= (long long)B * Tk) return;
+    const int* row = start + n / Tk * Tq;
+    int j = n % Tk, low = 0, high = Tq;
+    while (low < high) {
+        int middle = (low + high) / 2;
+        if (row[middle] <= j) low = middle + 1;
+        else high = middle;
+    }
+    end[n] = low;
+}
+
+// ------------------------------------------------------------------ tiles on the tensor cores
+
+// ROWS own rows and COLUMNS streamed ones, of Dp numbers each; a warp has WARP_ROWS of the own ones, in M times 16.
+template <typename T, int Dp, int ROWS, int COLUMNS, int WARPS> struct Tiles {
+    static constexpr int THREADS = WARPS * 32, WARP_ROWS = ROWS / WARPS, M = WARP_ROWS / 16;
+    static constexpr int R = 2 * M, WIDTH = 4;  // rows of a thread; lanes that share them
+
+    // Where chunk c (16 bytes, 8 numbers) of a tile's row lies. Chunks trade places within GROUP, by an XOR with the
+    // row, so that the same chunk of 8 neighbouring rows, which ldmatrix reads at once, comes from all 32 banks.
+    static constexpr int CHUNKS = Dp / 8, GROUP = Dp % 64 ? 4 : 8;
+    template <int CHUNKS_OF_ROW = CHUNKS> static __device__ __forceinline__ u32 at(int row, int chunk) {
+        constexpr int GROUP_OF_ROW = CHUNKS_OF_ROW % 8 ? 4 : 8;
+        int turn = GROUP_OF_ROW == 8 ? row % 8 : row / 2 % 4;
+        return (row * CHUNKS_OF_ROW + (chunk ^ turn)) * 16;
+    }
+    // The address of the chunk that is `chunks` after another, where these have no bit in common.
+    static __device__ __forceinline__ u32 along(u32 address, int chunks) {
+        return (address ^ chunks % GROUP * 16) + chunks / GROUP * GROUP * 16;
+    }
+
+    static constexpr int ROW = Dp * 2, SCRATCH = 0;  // bytes
+
+    // Rows [first, first + COUNT) of `total`, into a tile; beyond them, and beyond the D columns there are, zeros.
+    template <int COUNT>
+    static __device__ __forceinline__ void load(unsigned char* tile, const T* from, long long stride, int first,
+                                                int total, int D) {
+        constexpr int STEP = THREADS / CHUNKS;
+        int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+        from += (first + row) * stride + chunk * 8;
+        u32 to = shared_address(tile);
+#pragma unroll
+        for (int i = 0; i < COUNT; i += STEP, from += STEP * stride)
+            if ((THREADS % CHUNKS == 0 || row < STEP) && (COUNT % STEP == 0 || row + i < COUNT))
+                cp_async_16(to + at(row + i, chunk), from, first + row + i < total && chunk * 8 < D);
+    }
+
+    // 16 M rows of 8 N columns as mma leaves them: a thread has R of the rows and C of the columns.
+    template <int N> struct Fragment {
+        static constexpr int C = 2 * N;
+        float v[M][N][4];
+        __device__ __forceinline__ float& operator()(int r, int c) { return v[r / 2][c / 2][2 * (r % 2) + c % 2]; }
+    };
+    typedef Fragment<COLUMNS / 8> Scores;
+    typedef Fragment<Dp / 8> Sums;
+
+    static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
+    static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+    static __device__ __forceinline__ int row(int r) {
+        return warp() * WARP_ROWS + r / 2 * 16 + r % 2 * 8 + lane() / 4;
+    }
+    static __device__ __forceinline__ int column(int c) { return c / 2 * 8 + lane() % 4 * 2 + c % 2; }
+
+    // The rows and chunks whose addresses a lane gives to ldmatrix: 16 rows of 2 chunks, ordered in two ways.
+    static __device__ __forceinline__ u32 rows_first() { return at(lane() % 16, lane() / 16); }
+    static __device__ __forceinline__ u32 chunks_first() { return at(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2); }
+
+    // The warp's own rows of a tile, as mma's first operand; where KEPT, in registers.
+    template <bool KEPT> struct Own {
+        u32 address, kept[KEPT ? Dp / 16 : 1][M][4];
+        __device__ __forceinline__ explicit Own(const unsigned char* tile) {
+            address = shared_address(tile) + warp() * WARP_ROWS * ROW + rows_first();
+            if constexpr (KEPT)
+#pragma unroll
+                for (int d = 0; d < Dp / 16; ++d) read(kept[d], d);
+        }
+        __device__ __forceinline__ void read(u32 (&a)[M][4], int d) const {
+#pragma unroll
+            for (int m = 0; m < M; ++m) ldmatrix_x4(a[m], along(address + m * 16 * ROW, 2 * d));
+        }
+    };
+
+    // s = the products of the own rows and the streamed ones
+    template <bool KEPT>
+    static __device__ __forceinline__ void products(Scores& s, Own<KEPT>& own, const unsigned char* streamed) {
+        u32 address = shared_address(streamed) + chunks_first();
+        s = {};
+#pragma unroll
+        for (int d = 0; d < Dp / 16; ++d) {
+            u32 a[M][4], b[4];
+            if constexpr (!KEPT) own.read(a, d);
+#pragma unroll
+            for (int n = 0; n < COLUMNS / 16; ++n) {
+                ldmatrix_x4(b, along(address + n * 16 * ROW, 2 * d));
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    mma_16x8x16<T>(s.v[m][2 * n], KEPT ? own.kept[KEPT ? d : 0][m] : a[m], b[0], b[1]);
+                    mma_16x8x16<T>(s.v[m][2 * n + 1], KEPT ? own.kept[KEPT ? d : 0][m] : a[m], b[2], b[3]);
+                }
+            }
+        }
+    }
+
+    // acc += p times the streamed rows. What mma left of p in a thread is just what it takes of its first operand.
+    static __device__ __forceinline__ void accumulate(Sums& acc, Scores& p, const unsigned char* streamed,
+                                                      unsigned char*) {
+        u32 address = shared_address(streamed) + rows_first();
+#pragma unroll
+        for (int k = 0; k < COLUMNS / 16; ++k) {
+            u32 a[M][4], b[4];
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    a[m][e] = pack_two<T>(p(2 * m + e % 2, 4 * k + e / 2 * 2), p(2 * m + e % 2, 4 * k + e / 2 * 2 + 1));
+#pragma unroll
+            for (int n = 0; n < Dp / 16; ++n) {
+                ldmatrix_x4_trans(b, along(address + k * 16 * ROW, 2 * n));
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    mma_16x8x16<T>(acc.v[m][2 * n], a[m], b[0], b[1]);
+                    mma_16x8x16<T>(acc.v[m][2 * n + 1], a[m], b[2], b[3]);
+                }
+            }
+        }
+    }
+
+    // Row r of factor acc, to the D numbers at `to`.
+    static __device__ __forceinline__ void store(T* to, Sums& acc, int r, float factor, int D) {
+#pragma unroll
+        for (int c = 0; c < Sums::C; c += 2)
+            if (column(c) < D)
+                *reinterpret_cast<u32*>(to + column(c)) = pack_two<T>(factor * acc(r, c), factor * acc(r, c + 1));
+    }
+};
+
+// ------------------------------------------------------------------ tiles of floats
+
+// The same without tensor cores: half a warp shares R rows, its lanes take every 16th column.
+template <int Dp, int ROWS, int COLUMNS, int WARPS> struct Tiles<float, Dp, ROWS, COLUMNS, WARPS> {
+    static constexpr int THREADS = WARPS * 32, WARP_ROWS = ROWS / WARPS, R = WARP_ROWS / 2, WIDTH = 16;
+    static constexpr int STRIDE = Dp + 4, SCRATCH_STRIDE = COLUMNS + 4;  // 4 more, so that rows begin in other banks
+    static constexpr int ROW = STRIDE * 4, SCRATCH = ROWS * SCRATCH_STRIDE * 4;  // bytes
+
+    template <int COUNT>
+    static __device__ __forceinline__ void load(unsigned char* tile, const float* from, long long stride, int first,
+                                                int total, int D) {
+        float* to = reinterpret_cast<float*>(tile);
+        if (D % 4 == 0) {
+            for (int n = threadIdx.x; n < COUNT * Dp / 4; n += THREADS) {
+                int row = n / (Dp / 4), d = n % (Dp / 4) * 4;
+                bool valid = first + row < total && d < D;
+                cp_async_16(shared_address(to + row * STRIDE + d), from + (first + row) * stride + d, valid);
+            }
+        } else {  // rows that do not begin at multiples of 16 bytes
+            for (int n = threadIdx.x; n < COUNT * Dp; n += THREADS) {
+                int row = n / Dp, d = n % Dp;
+                bool valid = first + row < total && d < D;
+                to[row * STRIDE + d] = valid ? from[(first + row) * stride + d] : 0;
+            }
+        }
+    }
+
+    template <int N> struct Fragment {
+        static constexpr int C = N;
+        float v[R][N];
+        __device__ __forceinline__ float& operator()(int r, int c) { return v[r][c]; }
+    };
+    typedef Fragment<COLUMNS / 16> Scores;
+    typedef Fragment<Dp / 16> Sums;
+
+    static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
+    static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+    static __device__ __forceinline__ int row(int r) { return warp() * WARP_ROWS + lane() / 16 * R + r; }
+    static __device__ __forceinline__ int column(int c) { return lane() % 16 + 16 * c; }
+
+    template <bool> struct Own {
+        const float* rows;
+        __device__ __forceinline__ explicit Own(const unsigned char* tile) {
+            rows = reinterpret_cast<const float*>(tile) + row(0) * STRIDE;
+        }
+    };
+
+    template <bool KEPT>
+    static __device__ __forceinline__ void products(Scores& s, Own<KEPT>& own, const unsigned char* streamed) {
+        const float* columns = reinterpret_cast<const float*>(streamed) + column(0) * STRIDE;
+        s = {};
+#pragma unroll 2
+        for (int d = 0; d < Dp; d += 4) {
+            Pack<float> a[R];
+#pragma unroll
+            for (int r = 0; r < R; ++r) a[r] = load_pack(own.rows + r * STRIDE + d);
+#pragma unroll
+            for (int c = 0; c < Scores::C; ++c) {
+                Pack<float> b = load_pack(columns + c * 16 * STRIDE + d);
+#pragma unroll
+                for (int r = 0; r < R; ++r)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) s(r, c) = fmaf(a[r].v[e], b.v[e], s(r, c));
+            }
+        }
+    }
+
+    // Here p goes from the lanes that made it to the others of its rows, by way of shared memory.
+    static __device__ __forceinline__ void accumulate(Sums& acc, Scores& p, const unsigned char* streamed,
+                                                      unsigned char* scratch) {
+        const float* rows = reinterpret_cast<const float*>(streamed) + column(0);
+        float* shared_p = reinterpret_cast<float*>(scratch) + row(0) * SCRATCH_STRIDE;
+        __syncwarp();  // what was there has been read
+#pragma unroll
+        for (int r = 0; r < R; ++r)
+#pragma unroll
+            for (int c = 0; c < Scores::C; ++c) shared_p[r * SCRATCH_STRIDE + column(c)] = p(r, c);
+        __syncwarp();
+#pragma unroll 2
+        for (int k = 0; k < COLUMNS; k += 4) {
+            Pack<float> a[R];
+#pragma unroll
+            for (int r = 0; r < R; ++r) a[r] = load_pack(shared_p + r * SCRATCH_STRIDE + k);
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+#pragma unroll
+                for (int n = 0; n < Sums::C; ++n) {
+                    float b = rows[(k + e) * STRIDE + 16 * n];
+#pragma unroll
+                    for (int r = 0; r < R; ++r) acc(r, n) = fmaf(a[r].v[e], b, acc(r, n));
+                }
+        }
+    }
+
+    static __device__ __forceinline__ void store(float* to, Sums& acc, int r, float factor, int D) {
+#pragma unroll
+        for (int c = 0; c < Sums::C; ++c)
+            if (column(c) < D) to[column(c)] = factor * acc(r, c);
+    }
+};
+
+// ------------------------------------------------------------------ what all three kernels do with scores
+
+// Scores of columns that a row does not see become -inf.
+template <typename E, typename Rows>
+__device__ __forceinline__ void hide(typename E::Scores& s, const Rows& seen, int row, int column) {
+#pragma unroll
+    for (int r = 0; r < E::R; ++r) {
+        Seen columns = seen(row + E::row(r));
+#pragma unroll
+        for (int c = 0; c < E::Scores::C; ++c) {
+            int j = column + E::column(c);
+            if (j < columns.first || j >= columns.end) s(r, c) = -INF;
+        }
+    }
+}
+
+// ------------------------------------------------------------------ forward
+
+// s becomes p = 2^(scale2 s - top), with scale2 = scale log2(e); top (the row's maximum of scale2 s), total and acc go
+// on as attention.py says, in powers of 2. `total` is that of the thread's columns alone until the end.
+template <typename E>
+__device__ __forceinline__ void online_softmax(typename E::Scores& s, typename E::Sums& acc, float (&top)[E::R],
+                                               float (&total)[E::R], float scale2) {
+#pragma unroll
+    for (int r = 0; r < E::R; ++r) {
+        float highest = s(r, 0);
+#pragma unroll
+        for (int c = 1; c < E::Scores::C; ++c) highest = fmaxf(highest, s(r, c));
+        highest = fmaxf(top[r], scale2 * warp_max<E::WIDTH>(highest));
+        float at = highest == -INF ? 0 : highest;  // nothing seen yet: 2^(-inf - 0) is 0, 2^(-inf + inf) would be NaN
+        float correction = exp2_fast(top[r] - at), sum = 0;
+        top[r] = highest;
+#pragma unroll
+        for (int c = 0; c < E::Scores::C; ++c) {
+            s(r, c) = exp2_fast(fmaf(scale2, s(r, c), -at));
+            sum += s(r, c);
+        }
+        total[r] = total[r] * correction + sum;
+#pragma unroll
+        for (int c = 0; c < E::Sums::C; ++c) acc(r, c) *= correction;
+    }
+}
+
+// Grid: (B H, tiles of queries). The last tiles see the most keys and start first, so that the short ones fill up.
+template <typename T, int Dp, int BQ, int BK, int WARPS, bool KEPT>
+__global__ void __launch_bounds__(WARPS * 32, 8 / WARPS)
+forward(VIEW(q), VIEW(k), VIEW(v), const int* start, float scale, T* o, float* lse, int Tq, int Tk, int H, int Hk,
+        int D) {
+    using E = Tiles<T, Dp, BQ, BK, WARPS>;
+    DYNAMIC_SHARED(qs);
+    unsigned char *ks = qs + BQ * E::ROW, *vs = ks + 2 * BK * E::ROW, *scratch = vs + 2 * BK * E::ROW;
+    const int b = blockIdx.x / H, h = blockIdx.x % H, hk = h / (H / Hk), i0 = (gridDim.y - 1 - blockIdx.y) * BQ;
+    const KeysOfQuery seen = {start + (long long)b * Tq, Tq, Tk - Tq};
+    const Sight block = sight(seen, i0, BQ), own = sight(seen, i0 + E::warp() * E::WARP_ROWS, E::WARP_ROWS);
+    k += b * k_b + hk * k_h, v += b * v_b + hk * v_h;
+
+    auto fetch = [&](int j0, int stage) {
+        E::template load<BK>(ks + stage * BK * E::ROW, k, k_t, j0, Tk, D);
+        E::template load<BK>(vs + stage * BK * E::ROW, v, v_t, j0, Tk, D);
+        cp_async_commit();
+    };
+    int j0 = block.some.first / BK * BK, stage = 0;
+    E::template load<BQ>(qs, q + b * q_b + h * q_h, q_t, i0, Tq, D);
+    fetch(j0, stage);
+    cp_async_wait<0>();
+    __syncthreads();
+
+    typename E::template Own<KEPT> own_q(qs);
+    typename E::Sums acc = {};
+    float top[E::R], total[E::R];
+#pragma unroll
+    for (int r = 0; r < E::R; ++r) top[r] = -INF, total[r] = 0;
+
+    for (; j0 < block.some.end; j0 += BK, stage ^= 1) {
+        if (j0 + BK < block.some.end) fetch(j0 + BK, stage ^ 1);
+        if (own.any(j0, BK)) {
+            typename E::Scores s;
+            E::products(s, own_q, ks + stage * BK * E::ROW);
+            if (!own.whole(j0, BK)) hide<E>(s, seen, i0, j0);
+            online_softmax<E>(s, acc, top, total, scale * LOG2E);
+            E::accumulate(acc, s, vs + stage * BK * E::ROW, scratch);
+        }
+        cp_async_wait<0>();  // the next tile is here,
+        __syncthreads();     // and this one has been read by all
+    }
+
+#pragma unroll
+    for (int r = 0; r < E::R; ++r) {
+        const int i = i0 + E::row(r);
+        const float l = warp_sum<E::WIDTH>(total[r]);
+        if (i >= Tq) continue;
+        E::store(o + (((long long)b * Tq + i) * H + h) * D, acc, r, l == 0 ? 0 : 1 / l, D);
+        if (E::lane() % E::WIDTH == 0) lse[((long long)b * H + h) * Tq + i] = (top[r] + log2f(l)) * LN2;
+    }
+}
+
+// ------------------------------------------------------------------ backward
+
+// Per query, with rows padded to a length Tp that whole tiles fit in: delta = do . o, and lse in powers of 2; +inf for
+// the queries that see nothing or are not there, whose p = 2^(s - lse) is 0 then. Eight lanes have a query.
+template <typename T>
+__global__ void __launch_bounds__(256)
+rows_of_backward(VIEW(dout), VIEW(o), const float* lse, float* lse2, float* delta, int B, int H, int Tq, int Tp,
+                 int D) {
+    const long long n = blockIdx.x * 32LL + threadIdx.x / 8, bh = n / Tp;
+    const int i = n % Tp, b = bh / H, h = bh % H;
+    const bool valid = b < B && i < Tq;
+    float total = 0;
+    if (valid) {
+        const T *x = dout + b * dout_b + i * dout_t + h * dout_h, *y = o + b * o_b + i * o_t + h * o_h;
+        if constexpr (sizeof(T) == 2) {
+            for (int d = threadIdx.x % 8 * 8; d < D; d += 64) {
+                Pack<T> a = load_pack(x + d), c = load_pack(y + d);
+#pragma unroll
+                for (int e = 0; e < 8; ++e) total = fmaf(to_float(a.v[e]), to_float(c.v[e]), total);
+            }
+        } else {
+            for (int d = threadIdx.x % 8; d < D; d += 8) total = fmaf(x[d], y[d], total);
+        }
+    }
+    total = warp_sum<8>(total);
+    if (threadIdx.x % 8 == 0 && b < B) {
+        const float l = valid ? lse[bh * Tq + i] : -INF;
+        lse2[n] = l == -INF ? INF : l * LOG2E;
+        delta[n] = total;
+    }
+}
+
+// Grid: (B H, tiles of queries), as in the forward.
+template <typename T, int Dp, int BQ, int BK, int WARPS, bool KEPT>
+__global__ void __launch_bounds__(WARPS * 32, 8 / WARPS)
+backward_queries(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const float* delta, const int* start,
+                 float scale, T* dq, int Tq, int Tp, int Tk, int H, int Hk, int D) {
+    using E = Tiles<T, Dp, BQ, BK, WARPS>;
+    DYNAMIC_SHARED(qs);
+    unsigned char *dos = qs + BQ * E::ROW, *ks = dos + BQ * E::ROW, *vs = ks + 2 * BK * E::ROW;
+    unsigned char* scratch = vs + 2 * BK * E::ROW;
+    const int b = blockIdx.x / H, h = blockIdx.x % H, hk = h / (H / Hk), i0 = (gridDim.y - 1 - blockIdx.y) * BQ;
+    const KeysOfQuery seen = {start + (long long)b * Tq, Tq, Tk - Tq};
+    const Sight block = sight(seen, i0, BQ), own = sight(seen, i0 + E::warp() * E::WARP_ROWS, E::WARP_ROWS);
+    k += b * k_b + hk * k_h, v += b * v_b + hk * v_h;
+
+    auto fetch = [&](int j0, int stage) {
+        E::template load<BK>(ks + stage * BK * E::ROW, k, k_t, j0, Tk, D);
+        E::template load<BK>(vs + stage * BK * E::ROW, v, v_t, j0, Tk, D);
+        cp_async_commit();
+    };
+    int j0 = block.some.first / BK * BK, stage = 0;
+    E::template load<BQ>(qs, q + b * q_b + h * q_h, q_t, i0, Tq, D);
+    E::template load<BQ>(dos, dout + b * dout_b + h * dout_h, dout_t, i0, Tq, D);
+    fetch(j0, stage);
+    cp_async_wait<0>();
+    __syncthreads();
+
+    typename E::template Own<KEPT> own_q(qs), own_do(dos);
+    typename E::Sums dq_sum = {};
+    float lse_of[E::R], delta_of[E::R];
+#pragma unroll
+    for (int r = 0; r < E::R; ++r) {
+        const long long n = ((long long)b * H + h) * Tp + i0 + E::row(r);
+        lse_of[r] = lse2[n], delta_of[r] = delta[n];
+    }
+
+    for (; j0 < block.some.end; j0 += BK, stage ^= 1) {
+        if (j0 + BK < block.some.end) fetch(j0 + BK, stage ^ 1);
+        if (own.any(j0, BK)) {
+            typename E::Scores p, ds;
+            E::products(p, own_q, ks + stage * BK * E::ROW);
+            E::products(ds, own_do, vs + stage * BK * E::ROW);
+            if (!own.whole(j0, BK)) hide<E>(p, seen, i0, j0);
+#pragma unroll
+            for (int r = 0; r < E::R; ++r)
+#pragma unroll
+                for (int c = 0; c < E::Scores::C; ++c)
+                    ds(r, c) = exp2_fast(fmaf(scale * LOG2E, p(r, c), -lse_of[r])) * (ds(r, c) - delta_of[r]);
+            E::accumulate(dq_sum, ds, ks + stage * BK * E::ROW, scratch);
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+    }
+
+#pragma unroll
+    for (int r = 0; r < E::R; ++r) {
+        const int i = i0 + E::row(r);
+        if (i < Tq) E::store(dq + (((long long)b * Tq + i) * H + h) * D, dq_sum, r, scale, D);
+    }
+}
+
+// dq += scale ds k for one pair of tiles: ds^T (its BK rows are the block's keys) goes through shared memory, where the
+// warps of other keys read it; each warp has 16 of the BQ queries and a share of the columns of k.
+template <typename E, typename T, int Dp, int BK, int BQ, int WARPS>
+__device__ __forceinline__ void add_to_dq(float* dq, long long stride, int i0, int Tq, int D, float scale,
+                                          typename E::Scores& ds, unsigned char* ds_tile, const unsigned char* ks) {
+    constexpr int SHARES = WARPS / (BQ / 16), N = Dp / 16 / SHARES;
+    static_assert(WARPS % (BQ / 16) == 0 && Dp / 16 % SHARES == 0, "every warp has as much to do");
+#pragma unroll
+    for (int r = 0; r < E::R; ++r)
+#pragma unroll
+        for (int c = 0; c < E::Scores::C; c += 2) {
+            u32 to = E::template at<BQ / 8>(E::row(r), E::column(c) / 8) + E::column(c) % 8 * 2;
+            *reinterpret_cast<u32*>(ds_tile + to) = pack_two<T>(ds(r, c), ds(r, c + 1));
+        }
+    __syncthreads();
+    const int queries = E::warp() % (BQ / 16), share = E::warp() / (BQ / 16), lane = E::lane();
+    float sum[2 * N][4] = {};
+#pragma unroll
+    for (int k = 0; k < BK / 16; ++k) {
+        u32 a[4], b[4];
+        int key = k * 16 + lane % 8 + lane / 16 * 8, chunk = queries * 2 + lane / 8 % 2;
+        ldmatrix_x4_trans(a, shared_address(ds_tile) + E::template at<BQ / 8>(key, chunk));
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            u32 row = shared_address(ks) + k * 16 * E::ROW;
+            ldmatrix_x4_trans(b, row + E::at(lane % 16, (share * N + n) * 2 + lane / 16));
+            mma_16x8x16<T>(sum[2 * n], a, b[0], b[1]);
+            mma_16x8x16<T>(sum[2 * n + 1], a, b[2], b[3]);
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < 2 * N; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int i = i0 + queries * 16 + half * 8 + lane / 4, d = (share * N * 2 + n) * 8 + lane % 4 * 2;
+            float* to = dq + i * stride + d;
+            if (i < Tq && d < D) atomic_add_two(to, scale * sum[n][2 * half], scale * sum[n][2 * half + 1]);
+        }
+}
+
+// Grid: (B Hk, tiles of keys); the first keys are seen by the most queries. Streams the tiles of queries of every head
+// that reads the key head hk.
+template <typename T, int Dp, int BK, int BQ, int WARPS, bool KEPT, bool ONE_PASS>
+__global__ void __launch_bounds__(WARPS * 32, 8 / WARPS)
+backward_keys(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const float* delta, const int* end, float scale,
+              float* dq, T* dk, T* dv, int Tq, int Tp, int Tk, int H, int Hk, int D) {
+    using E = Tiles<T, Dp, BK, BQ, WARPS>;
+    DYNAMIC_SHARED(ks);
+    unsigned char *vs = ks + BK * E::ROW, *qs = vs + BK * E::ROW, *dos = qs + 2 * BQ * E::ROW;
+    unsigned char *stats = dos + 2 * BQ * E::ROW, *scratch = stats + 4 * BQ * 4;  // lse2 and delta of two tiles
+    const int b = blockIdx.x / Hk, hk = blockIdx.x % Hk, group = H / Hk, j0 = blockIdx.y * BK;
+    const QueriesOfKey seen = {end + (long long)b * Tk, Tk, Tk - Tq};
+    const Sight block = sight(seen, j0, BK), own = sight(seen, j0 + E::warp() * E::WARP_ROWS, E::WARP_ROWS);
+    const int first = block.some.first / BQ, tiles = max((block.some.end + BQ - 1) / BQ - first, 0);
+
+    auto fetch = [&](int n, int stage) {
+        const int h = hk * group + n / tiles, i0 = (first + n % tiles) * BQ;
+        E::template load<BQ>(qs + stage * BQ * E::ROW, q + b * q_b + h * q_h, q_t, i0, Tq, D);
+        E::template load<BQ>(dos + stage * BQ * E::ROW, dout + b * dout_b + h * dout_h, dout_t, i0, Tq, D);
+        const long long at = ((long long)b * H + h) * Tp + i0;
+        const int t = threadIdx.x * 4;
+        if (t < 2 * BQ)
+            cp_async_16(shared_address(stats + (stage * 2 * BQ + t) * 4), t < BQ ? lse2 + at + t : delta + at + t - BQ,
+                        true);
+        cp_async_commit();
+    };
+    E::template load<BK>(ks, k + b * k_b + hk * k_h, k_t, j0, Tk, D);
+    E::template load<BK>(vs, v + b * v_b + hk * v_h, v_t, j0, Tk, D);
+    if (tiles) fetch(0, 0);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+
+    typename E::template Own<KEPT> own_k(ks), own_v(vs);
+    typename E::Sums dk_sum = {}, dv_sum = {};
+
+    for (int n = 0, stage = 0; n < group * tiles; ++n, stage ^= 1) {
+        if (n + 1 < group * tiles) fetch(n + 1, stage ^ 1);
+        const int i0 = (first + n % tiles) * BQ;
+        const float* lse_of = reinterpret_cast<const float*>(stats) + stage * 2 * BQ;
+        typename E::Scores ds = {};
+        if (own.any(i0, BQ)) {
+            typename E::Scores p;
+            E::products(p, own_k, qs + stage * BQ * E::ROW);
+            E::products(ds, own_v, dos + stage * BQ * E::ROW);
+            if (!own.whole(i0, BQ)) hide<E>(p, seen, j0, i0);
+#pragma unroll
+            for (int c = 0; c < E::Scores::C; ++c) {
+                const float l = lse_of[E::column(c)], delta_i = lse_of[BQ + E::column(c)];
+#pragma unroll
+                for (int r = 0; r < E::R; ++r) {
+                    p(r, c) = exp2_fast(fmaf(scale * LOG2E, p(r, c), -l));
+                    ds(r, c) = p(r, c) * (ds(r, c) - delta_i);
+                }
+            }
+            E::accumulate(dv_sum, p, dos + stage * BQ * E::ROW, scratch);
+            E::accumulate(dk_sum, ds, qs + stage * BQ * E::ROW, scratch);
+        }
+        if constexpr (ONE_PASS) {
+            float* to = dq + ((long long)b * Tq * H + hk * group + n / tiles) * D;
+            add_to_dq<E, T, Dp, BK, BQ, WARPS>(to, (long long)H * D, i0, Tq, D, scale, ds, scratch, ks);
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+    }
+
+#pragma unroll
+    for (int r = 0; r < E::R; ++r) {
+        const int j = j0 + E::row(r);
+        if (j >= Tk) continue;
+        const long long to = (((long long)b * Tk + j) * Hk + hk) * D;
+        E::store(dk + to, dk_sum, r, scale, D);
+        E::store(dv + to, dv_sum, r, 1, D);
+    }
+}

@@ -1,0 +1,195 @@
+"""Every CUDA kernel goes through NVRTC, which needs no GPU: no spilled register, no array in memory, registers as the
+design allows. And the little that stands between a launcher and the GPU."""
+
+import importlib
+import pkgutil
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import minillm.kernels
+from minillm.kernels import cuda, device
+
+MODULES = [importlib.import_module(f"minillm.kernels.{m.name}") for m in pkgutil.iter_modules(minillm.kernels.__path__)]
+SOURCES = sorted({x for m in MODULES for x in vars(m).values() if isinstance(x, cuda.Source)}, key=lambda s: s.name)
+FILES = sorted(cuda.FOLDER.glob("*.cu"))
+every_source = pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.name)
+
+
+def one_of_each_kernel(source):
+    """The first instance of every kernel in a file."""
+    return list({instance.split("<")[0]: instance for instance in reversed(source.instances)}.values())
+
+
+def check_resources(source, instances, architecture):
+    """Compile, and complain of what does not fit in registers. The budget is for sm_90, whose compiler it was read off;
+    another architecture's may use a few more."""
+    found = cuda.compile_instances(source, instances, architecture)
+    for instance, made in found.items():
+        what = f"{source.name}, {instance}, {architecture}: {made._replace(code=b'')}"
+        assert made.code.startswith(b"\x7fELF"), what
+        assert made.spilled == 0 and made.stack == 0, what
+        assert made.registers <= (source.instances[instance] if architecture == "sm_90" else 255), what
+
+
+def test_every_file_has_a_source_and_every_kernel_an_instance():
+    assert [s.name for s in SOURCES] == [f.name for f in FILES] and FILES
+    for source in SOURCES:
+        text = re.sub(r"__launch_bounds__\(.*\)", "", source.path.read_text(encoding="utf-8"))
+        written = set(re.findall(r"__global__\s+void\s+(\w+)", text))
+        assert written == {instance.split("<")[0] for instance in source.instances}, source.name
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
+def test_instructions_stand_in_common_cuh_alone(file):
+    """So that what runs here without a GPU is the kernel itself, and no stand-in for it."""
+    text = re.sub(r"//[^\n]*", "", file.read_text(encoding="utf-8"))
+    for word in ("asm", "__shared__", "#ifdef", "#if "):
+        assert word not in text, f"{file.name} has {word}"
+
+
+@every_source
+def test_every_instance_fits_in_its_registers(source):
+    check_resources(source, list(source.instances), "sm_90")
+
+
+@every_source
+def test_other_architectures_take_it_too(source):
+    for architecture in ("sm_80", "sm_100"):
+        check_resources(source, one_of_each_kernel(source), architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_100", "sm_120"])
+@every_source
+def test_every_instance_on_every_architecture(source, architecture):
+    check_resources(source, list(source.instances), architecture)
+
+
+# ------------------------------------------------------------------ compiling, loading, launching
+
+DOUBLED = """
+#include "common.cuh"
+template <typename T> __global__ void doubled(T* x) { x[threadIdx.x] = x[threadIdx.x] + x[threadIdx.x]; }
+"""
+
+
+def source_of(text, folder, **instances):
+    (folder / "some.cu").write_text(text)
+    source = cuda.Source("some.cu", instances)
+    source.path = folder / "some.cu"
+    return source
+
+
+def test_a_spill_is_seen(tmp_path):
+    """The check of registers can fail: 64 numbers that live at once do not fit in the 32 that these bounds leave."""
+    text = """
+#include "common.cuh"
+__global__ void __launch_bounds__(1024, 2) greedy(float* x) {
+    float kept[64];
+    for (int i = 0; i < 64; ++i) kept[i] = x[i * 1024 + threadIdx.x];
+    __syncthreads();
+    for (int i = 0; i < 64; ++i) x[(63 - i) * 1024 + threadIdx.x] = kept[i] * kept[(i * 7) % 64];
+}
+"""
+    source = source_of(text, tmp_path, greedy=32)
+    with pytest.raises(AssertionError, match="spilled"):
+        check_resources(source, ["greedy"], "sm_90")
+
+
+def test_a_mistake_in_a_kernel_is_told_with_its_line(tmp_path):
+    source = source_of(DOUBLED.replace("+", "+ y +"), tmp_path, **{"doubled<float>": 16})
+    with pytest.raises(RuntimeError, match=r'some.cu\(3\): error: identifier "y" is undefined'):
+        cuda.compile_instances(source, ["doubled<float>"], "sm_90")
+
+
+class FakeDevice:
+    """As much of cupy.cuda as a launch needs; the "GPU" notes what it was given."""
+
+    def __init__(self):
+        self.loaded, self.launched = [], []
+
+    def Device(self, number=0):
+        return SimpleNamespace(id=number, compute_capability="90", attributes={"MultiProcessorCount": 132})
+
+    def get_current_stream(self):
+        return "stream"
+
+    @property
+    def function(self):
+        def function(grid, block, arguments, shared_mem, stream):
+            self.launched.append((grid, block, arguments, shared_mem, stream))
+
+        class Module:
+            load = lambda _, code: self.loaded.append(code)
+            get_function = lambda _, symbol: setattr(function, "symbol", symbol) or function
+
+        function.max_dynamic_shared_size_bytes = cuda.STATIC_SHARED
+        self.last = function
+        return SimpleNamespace(Module=Module)
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    fake = FakeDevice()
+    monkeypatch.setattr(cuda, "cuda", lambda: fake)
+    monkeypatch.setattr(cuda, "cache_root", lambda: tmp_path)
+    cuda._function.cache_clear()
+    yield fake
+    cuda._function.cache_clear()
+
+
+def test_a_kernel_is_compiled_once_and_then_read_from_the_disk(gpu, tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    source, x = source_of(DOUBLED, tmp_path / "source", **{"doubled<float>": 16}), np.zeros(32, np.float32)
+    source.launch("doubled<float>", 2, 32, (x, None, np.int32(3)), shared=1)
+    cuda._function.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "compile_instances", None)  # would not be callable
+        source.launch("doubled<float>", (2, 3), 64, (x,), shared=100_000)
+    assert gpu.loaded[0] == gpu.loaded[1] and gpu.loaded[0].startswith(b"\x7fELF")
+    assert gpu.last.symbol == "_Z7doubledIfEvPT_" and gpu.last.max_dynamic_shared_size_bytes == 100_000
+    first, second = gpu.launched
+    assert first[:2] == ((2, 1, 1), (32, 1, 1)) and second[:2] == ((2, 3, 1), (64, 1, 1))
+    assert first[2] == (x, np.uintp(0), np.int32(3)) and first[3:] == (1, "stream")
+    edited = source_of(DOUBLED.replace("+", "*"), tmp_path / "source", **{"doubled<float>": 16})
+    edited.launch("doubled<float>", 2, 32, (x,))
+    assert gpu.loaded[2] != gpu.loaded[0]
+
+
+def test_an_empty_grid_launches_nothing(gpu, tmp_path):
+    source = source_of(DOUBLED, tmp_path, **{"doubled<float>": 16})
+    source.launch("doubled<float>", 0, 32, ())
+    source.launch("doubled<float>", (3, 0), 32, ())
+    assert not gpu.launched
+
+
+def test_the_types_that_kernels_take():
+    assert [cuda.c_type(np.zeros(1, t)) for t in ("f4", "f2")] == ["float", "fp16"]
+    with pytest.raises(TypeError, match="take float32, bfloat16, float16, and this array is float64"):
+        cuda.c_type(np.zeros(1))
+
+
+def test_wide_accesses_need_multiples_of_sixteen_bytes():
+    x = np.zeros((4, 33), np.float32)
+    x = x[:, (-x.ctypes.data // 4) % 4 :][:, :16] if x.ctypes.data % 16 else x[:, :16]
+    assert not cuda.wide(x)  # rows of 33
+    y = np.zeros((4, 32 + 4), np.float32)
+    assert cuda.wide(y[:, :16]) == (y.ctypes.data % 16 == 0)
+    assert not cuda.wide(y[:, 1:17]) and not cuda.wide(y[:, :15])
+
+
+def test_nvrtc_that_is_not_there_is_told(monkeypatch):
+    cuda._nvrtc.cache_clear()
+    monkeypatch.setattr(cuda.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    with pytest.raises(ImportError, match=r"CUDA kernels need NVRTC: pip install 'minillm-train\[cuda13\]'"):
+        cuda._nvrtc()
+    monkeypatch.undo()
+    assert cuda.nvrtc_version() >= (12, 0)
+
+
+def test_device_cuda_is_cupys(monkeypatch):
+    monkeypatch.setattr(device, "_cupy", lambda: SimpleNamespace(cuda="here"))
+    assert device.cuda() == "here"
