@@ -35,6 +35,7 @@ from tests.world import TOKENIZER, TRAINERS, config, left, make_world
 
 ROOT = Path(__file__).parents[1]
 V = TOKENIZER.vocab_size
+pytestmark = pytest.mark.filterwarnings("ignore:no cublasLt")  # the stand-in has CuPy's matmul alone
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 48}
 KINDS = {
     "llama": {"num_key_value_heads": 2, "tie_word_embeddings": False},
@@ -245,6 +246,16 @@ def test_adapters_are_the_same_on_the_gpu(kind, quantize, cupy, tmp_path):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="moved before it gets an adapter"):
         model.to("cpu")
+
+
+def test_float64_is_computed_by_the_references(cupy, monkeypatch):
+    """The CUDA kernels take 32 bits at most, and float64 is what they are checked against."""
+    tokens, host = np.zeros((1, 3), int), small("gpt2", dtype=np.float64)
+    expected = host(tokens).data
+    monkeypatch.delenv("MINILLM_KERNELS")
+    for dtype, chosen in (("float64", "reference"), ("float32", "cuda"), ("bfloat16", "cuda")):
+        assert step_inplace.choose(cupy.zeros(1, np.dtype(dtype))) == chosen
+    np.testing.assert_allclose(host.to("cuda")(tokens).data.get(), expected, rtol=1e-10)
 
 
 # ------------------------------------------------------------------ the optimizer
@@ -579,9 +590,10 @@ def test_updates_that_are_left_out_are_counted(tmp_path, cupy):
         for step in run.steps():
             p.grad[...] = math.nan if step in (1, 2) else 0.1
             run.update(optimizer, {"loss": cupy.asarray(math.nan if step in (1, 2) else 4.0)}, tokens=5)
-    for _ in range(2):
+    for _ in range(2):  # the last one was told to the GPU before anybody knew of the second that was left out
         alone.grad[...] = 0.1
         plain.step(0.1)
+        plain.steps += 1
     np.testing.assert_allclose(p.data.get(), alone.data.get(), rtol=1e-12)
     (row,) = rows_of(tmp_path / "out")
     assert row["skipped_updates"] == 2 and row["loss"] == 4.0 and optimizer.steps == 2
