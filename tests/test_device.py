@@ -3,7 +3,6 @@ references; and where there is a GPU, on that."""
 
 import contextlib
 import dataclasses
-import importlib.util
 import inspect
 import io
 import json
@@ -131,9 +130,8 @@ def test_the_stand_in_has_bfloat16_as_cupy_has(cupy):
         cupy.add.at(x, cupy.zeros(1, int), x[:1])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is not installed")
 def test_the_stand_in_has_nothing_that_cupy_has_not():
-    import cupy as real
+    real = pytest.importorskip("cupy")
 
     def parameters(function):
         return [p.name for p in inspect.signature(function).parameters.values()]
@@ -733,8 +731,7 @@ def test_a_trainer_runs_on_the_gpu(name, precision, world, expected, tmp_path, m
 
 @needs_gpu
 def test_no_update_waits_for_the_gpu(world, tmp_path, monkeypatch):
-    import cupyx
-
+    cupyx = pytest.importorskip("cupyx")
     steps = run_module.Run.steps
 
     def watched(self, *args):

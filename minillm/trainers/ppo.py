@@ -188,11 +188,10 @@ class Experience(NamedTuple):
         """The rows as a Batch."""
         return Batch(self.tokens, self.start, self.mask)
 
-    def beside(self, model):
-        """What the losses read, where the model is."""
-        return self._replace(
-            **{name: beside(getattr(self, name), model.flat) for name in ("mask", "logp", "white", "value", "returns")}
-        )
+    def beside(self, x):
+        """With what the losses read where the array x is."""
+        read = ("mask", "logp", "white", "value", "returns")
+        return self._replace(**{name: beside(getattr(self, name), x) for name in read})
 
 
 @dataclass
@@ -319,8 +318,8 @@ def policy_backward(policy, e, config):
     def backward_share(policy, share):
         sums, largest = {}, 0.0
         for part in parts(share, config.micro_batch_size):
-            there = part.beside(policy)
             logp, entropy = token_logprobs(policy, part.batch, config.temperature, entropy=True)
+            there = part.beside(logp.data)
             loss, found = ppo_policy_loss(logp, there.logp, there.white, there.mask, config.clip, count)
             if config.entropy_coefficient:
                 loss = loss - masked_mean(entropy, there.mask, count) * config.entropy_coefficient
@@ -343,7 +342,8 @@ def value_backward(value_model, e, config, clip):
     def backward_share(value_model, share):
         sums = {}
         for part in parts(share, config.micro_batch_size):
-            there, values = part.beside(value_model), values_of(value_model, part.batch)
+            values = values_of(value_model, part.batch)
+            there = part.beside(values.data)
             loss, found = ppo_value_loss(values, there.value, there.returns, there.mask, clip, count)
             loss.backward()
             found |= {"loss": loss.data}
