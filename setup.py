@@ -62,10 +62,10 @@ setup(
         "tyro>=1.0.17,<2",
     ],
     extras_require={
-        # One of these two, by driver: two CuPy wheels in one environment break each other. The second requirement
-        # of each brings the headers below <mma.h>.
-        "cuda12": ["cupy-cuda12x[ctk]>=14.2,<15", "nvidia-cuda-nvcc-cu12"],
-        "cuda13": ["cupy-cuda13x[ctk]>=14.2,<15", "cuda-toolkit[crt]==13.*"],
+        # One of these two, by driver: two CuPy wheels in one environment break each other. crt: the headers below
+        # <mma.h>. CUDA 13.0 is the compiler whose registers the tests count, and every driver of 13 takes its code.
+        "cuda12": ["cupy-cuda12x[ctk]>=14.2,<15", "nvidia-cuda-nvcc-cu12", "numba-cuda[cu12]>=0.30,<0.31"],
+        "cuda13": ["cupy-cuda13x[ctk]>=14.2,<15", "cuda-toolkit[crt]==13.0.*", "numba-cuda[cu13]>=0.30,<0.31"],
         "data": data,
         "plot": plot,
         "log": log,

@@ -1,8 +1,8 @@
 // AdamW over flat memory, and the sum of squares for the gradients' norm. The contract stands in adamw.py.
 //
 // Rungs (predicted for an H200: a copy moves 4.3 TB/s; nothing here has been measured yet)
-//   1. One pass for everything: p, m, v and g are read and p, m, v written, 28 bytes per parameter; array code would move
-//      three times that. 124 million parameters: 3.5 GB, 0.81 ms.
+//   1. One pass for everything: p, m, v and g are read and p, m, v written, 28 bytes per parameter; array code would
+//      move three times that. 124 million parameters: 3.5 GB, 0.81 ms.
 //   2. The bfloat16 copy that the next forward multiplies with is written in the same pass: 2 bytes more instead of 6.
 //   3. 16-byte accesses, 8 of them on their way per thread, that leave the cache first: nothing of it is needed soon.
 //      Predicted at least 85 percent of a copy. The exact root and division are free: 190 instructions would fit.
@@ -72,7 +72,8 @@ squares(const T* x, long long n, float* partial) {
     constexpr int LOADS = 4;
     const long long stride = static_cast<long long>(gridDim.x) * THREADS * N;
     float total[LOADS] = {};
-    for (long long j0 = (static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x) * N; j0 < n; j0 += LOADS * stride) {
+    const long long first = (static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x) * N;
+    for (long long j0 = first; j0 < n; j0 += LOADS * stride) {
         Pack<T, N> packs[LOADS];
 #pragma unroll
         for (int u = 0; u < LOADS; ++u) {

@@ -9,8 +9,8 @@
 // So everything is made of two products, `products` (rows of one tile with rows of another) and `accumulate` (rows
 // weighed and added), and these are written twice: for the tensor cores (16-bit numbers) and for float.
 //
-// Rungs, each in what it adds to the one before. Predicted for an H200, not measured: TFLOP/s of the forward at D = 128,
-// T = 4096, all keys seen; of the forward at D = 64, T = 1024, causal; of the backward at D = 128.
+// Rungs, each in what it adds to the one before. Predicted for an H200, never measured: TFLOP/s of the forward at
+// D = 128, T = 4096, all keys seen; of the forward at D = 64, T = 1024, causal; of the backward at D = 128.
 //     float, tiles in shared memory                                                         5-12     3-7      2-6
 //     tensor cores, which take a 16 x 16 tile per instruction                               50-90   40-60    30-50
 //     ldmatrix from swizzled rows: 8 rows of one column lie in 8 different groups of banks 210-260 130-160  100-130
@@ -89,7 +89,7 @@ template <typename T, int Dp, int ROWS, int COLUMNS, int WARPS> struct Tiles {
         return (address ^ chunks % GROUP * 16) + chunks / GROUP * GROUP * 16;
     }
 
-    static constexpr int ROW = Dp * 2, SCRATCH = 0;  // bytes
+    static constexpr int ROW = Dp * 2;  // bytes
 
     // Rows [first, first + COUNT) of `total`, into a tile; beyond them, and beyond the D columns there are, zeros.
     template <int COUNT>
@@ -200,7 +200,7 @@ template <typename T, int Dp, int ROWS, int COLUMNS, int WARPS> struct Tiles {
 template <int Dp, int ROWS, int COLUMNS, int WARPS> struct Tiles<float, Dp, ROWS, COLUMNS, WARPS> {
     static constexpr int THREADS = WARPS * 32, WARP_ROWS = ROWS / WARPS, R = WARP_ROWS / 2, WIDTH = 16;
     static constexpr int STRIDE = Dp + 4, SCRATCH_STRIDE = COLUMNS + 4;  // 4 more, so that rows begin in other banks
-    static constexpr int ROW = STRIDE * 4, SCRATCH = ROWS * SCRATCH_STRIDE * 4;  // bytes
+    static constexpr int ROW = STRIDE * 4;
 
     template <int COUNT>
     static __device__ __forceinline__ void load(unsigned char* tile, const float* from, long long stride, int first,
@@ -313,23 +313,24 @@ __device__ __forceinline__ void hide(typename E::Scores& s, const Rows& seen, in
 
 // ------------------------------------------------------------------ forward
 
-// s becomes p = 2^(scale2 s - top), with scale2 = scale log2(e); top (the row's maximum of scale2 s), total and acc go
-// on as attention.py says, in powers of 2. `total` is that of the thread's columns alone until the end.
+// s becomes p = 2^(scale s - top), and top (the row's maximum of scale s), total and acc go on as attention.py says,
+// but in powers of 2: `scale` has log2(e) in it, so that a score costs one multiply-add and one ex2. `total` is that of
+// the thread's columns alone until the end.
 template <typename E>
 __device__ __forceinline__ void online_softmax(typename E::Scores& s, typename E::Sums& acc, float (&top)[E::R],
-                                               float (&total)[E::R], float scale2) {
+                                               float (&total)[E::R], float scale) {
 #pragma unroll
     for (int r = 0; r < E::R; ++r) {
         float highest = s(r, 0);
 #pragma unroll
         for (int c = 1; c < E::Scores::C; ++c) highest = fmaxf(highest, s(r, c));
-        highest = fmaxf(top[r], scale2 * warp_max<E::WIDTH>(highest));
+        highest = fmaxf(top[r], scale * warp_max<E::WIDTH>(highest));
         float at = highest == -INF ? 0 : highest;  // nothing seen yet: 2^(-inf - 0) is 0, 2^(-inf + inf) would be NaN
         float correction = exp2_fast(top[r] - at), sum = 0;
         top[r] = highest;
 #pragma unroll
         for (int c = 0; c < E::Scores::C; ++c) {
-            s(r, c) = exp2_fast(fmaf(scale2, s(r, c), -at));
+            s(r, c) = exp2_fast(fmaf(scale, s(r, c), -at));
             sum += s(r, c);
         }
         total[r] = total[r] * correction + sum;
@@ -387,13 +388,13 @@ forward(VIEW(q), VIEW(k), VIEW(v), const int* start, float scale, T* o, float* l
         const float l = warp_sum<E::WIDTH>(total[r]);
         if (i >= Tq) continue;
         E::store(o + (((long long)b * Tq + i) * H + h) * D, acc, r, l == 0 ? 0 : 1 / l, D);
-        if (E::lane() % E::WIDTH == 0) lse[((long long)b * H + h) * Tq + i] = (top[r] + log2f(l)) * LN2;
+        if (E::lane() % E::WIDTH == 0) lse[((long long)b * H + h) * Tq + i] = LN2 * (top[r] + log2f(l));
     }
 }
 
 // ------------------------------------------------------------------ backward
 
-// Per query, with rows padded to a length Tp that whole tiles fit in: delta = do . o, and lse in powers of 2; +inf for
+// Per query, with rows padded to a length Tp that whole tiles fit in: delta = do . o, and lse of powers of 2; +inf for
 // the queries that see nothing or are not there, whose p = 2^(s - lse) is 0 then. Eight lanes have a query.
 template <typename T>
 __global__ void __launch_bounds__(256)
@@ -418,7 +419,7 @@ rows_of_backward(VIEW(dout), VIEW(o), const float* lse, float* lse2, float* delt
     total = warp_sum<8>(total);
     if (threadIdx.x % 8 == 0 && b < B) {
         const float l = valid ? lse[bh * Tq + i] : -INF;
-        lse2[n] = l == -INF ? INF : l * LOG2E;
+        lse2[n] = l == -INF ? INF : LOG2E * l;
         delta[n] = total;
     }
 }
@@ -451,11 +452,11 @@ backward_queries(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const
 
     typename E::template Own<KEPT> own_q(qs), own_do(dos);
     typename E::Sums dq_sum = {};
-    float lse_of[E::R], delta_of[E::R];
+    float lse_i[E::R], delta_i[E::R];
 #pragma unroll
     for (int r = 0; r < E::R; ++r) {
         const long long n = ((long long)b * H + h) * Tp + i0 + E::row(r);
-        lse_of[r] = lse2[n], delta_of[r] = delta[n];
+        lse_i[r] = lse2[n], delta_i[r] = delta[n];
     }
 
     for (; j0 < block.some.end; j0 += BK, stage ^= 1) {
@@ -469,7 +470,7 @@ backward_queries(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const
             for (int r = 0; r < E::R; ++r)
 #pragma unroll
                 for (int c = 0; c < E::Scores::C; ++c)
-                    ds(r, c) = exp2_fast(fmaf(scale * LOG2E, p(r, c), -lse_of[r])) * (ds(r, c) - delta_of[r]);
+                    ds(r, c) = exp2_fast(fmaf(scale * LOG2E, p(r, c), -lse_i[r])) * (ds(r, c) - delta_i[r]);
             E::accumulate(dq_sum, ds, ks + stage * BK * E::ROW, scratch);
         }
         cp_async_wait<0>();
@@ -527,8 +528,8 @@ __device__ __forceinline__ void add_to_dq(float* dq, long long stride, int i0, i
 // that reads the key head hk.
 template <typename T, int Dp, int BK, int BQ, int WARPS, bool KEPT, bool ONE_PASS>
 __global__ void __launch_bounds__(WARPS * 32, 8 / WARPS)
-backward_keys(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const float* delta, const int* end, float scale,
-              float* dq, T* dk, T* dv, int Tq, int Tp, int Tk, int H, int Hk, int D) {
+backward_keys(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const float* delta, const int* end,
+              float scale, float* dq, T* dk, T* dv, int Tq, int Tp, int Tk, int H, int Hk, int D) {
     using E = Tiles<T, Dp, BK, BQ, WARPS>;
     DYNAMIC_SHARED(ks);
     unsigned char *vs = ks + BK * E::ROW, *qs = vs + BK * E::ROW, *dos = qs + 2 * BQ * E::ROW;
@@ -544,9 +545,8 @@ backward_keys(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const fl
         E::template load<BQ>(dos + stage * BQ * E::ROW, dout + b * dout_b + h * dout_h, dout_t, i0, Tq, D);
         const long long at = ((long long)b * H + h) * Tp + i0;
         const int t = threadIdx.x * 4;
-        if (t < 2 * BQ)
-            cp_async_16(shared_address(stats + (stage * 2 * BQ + t) * 4), t < BQ ? lse2 + at + t : delta + at + t - BQ,
-                        true);
+        const float* from = t < BQ ? lse2 + at + t : delta + at + t - BQ;
+        if (t < 2 * BQ) cp_async_16(shared_address(stats + (stage * 2 * BQ + t) * 4), from, true);
         cp_async_commit();
     };
     E::template load<BK>(ks, k + b * k_b + hk * k_h, k_t, j0, Tk, D);
@@ -562,7 +562,7 @@ backward_keys(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const fl
     for (int n = 0, stage = 0; n < group * tiles; ++n, stage ^= 1) {
         if (n + 1 < group * tiles) fetch(n + 1, stage ^ 1);
         const int i0 = (first + n % tiles) * BQ;
-        const float* lse_of = reinterpret_cast<const float*>(stats) + stage * 2 * BQ;
+        const float* stats_of = reinterpret_cast<const float*>(stats) + stage * 2 * BQ;
         typename E::Scores ds = {};
         if (own.any(i0, BQ)) {
             typename E::Scores p;
@@ -571,10 +571,10 @@ backward_keys(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const fl
             if (!own.whole(i0, BQ)) hide<E>(p, seen, j0, i0);
 #pragma unroll
             for (int c = 0; c < E::Scores::C; ++c) {
-                const float l = lse_of[E::column(c)], delta_i = lse_of[BQ + E::column(c)];
+                const float lse_i = stats_of[E::column(c)], delta_i = stats_of[BQ + E::column(c)];
 #pragma unroll
                 for (int r = 0; r < E::R; ++r) {
-                    p(r, c) = exp2_fast(fmaf(scale * LOG2E, p(r, c), -l));
+                    p(r, c) = exp2_fast(fmaf(scale * LOG2E, p(r, c), -lse_i));
                     ds(r, c) = p(r, c) * (ds(r, c) - delta_i);
                 }
             }

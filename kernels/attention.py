@@ -285,11 +285,11 @@ TILES = {
     "keys": {32: (128, 32, 4, True), 64: (128, 32, 4, False), 96: (64, 32, 4, False), 128: (64, 32, 4, False)},
     "one_pass": {32: (128, 32, 4, True), 64: (128, 32, 8, True), 96: (64, 32, 4, False), 128: (128, 32, 8, False)},
 }
-# The same for float, where shared memory is what limits them.
+# The same for float, where shared memory is the limit.
 FLOAT_TILES = {
-    "forward": dict.fromkeys((32, 64, 96, 128), (32, 32, 4, False)),
-    "queries": dict.fromkeys((32, 64, 96, 128), (32, 16, 4, False)),
-    "keys": dict.fromkeys((32, 64, 96, 128), (32, 16, 4, False)),
+    "forward": dict.fromkeys((64, 128), (32, 32, 4, False)),
+    "queries": dict.fromkeys((64, 128), (32, 16, 4, False)),
+    "keys": dict.fromkeys((64, 128), (32, 16, 4, False)),
 }
 PADDED = 128  # lse and delta of the backward are padded to a multiple of it, which is one of every tile's rows
 
@@ -303,12 +303,12 @@ def _instance(kernel, ctype, Dp, tile):
 
 
 def source_of(tiles, float_tiles):
-    """The Source whose instances have these tiles. Two blocks of 4 warps leave a thread 255 registers, three 168."""
+    """The Source whose instances have these tiles. Two blocks of 4 warps leave a thread 255 registers."""
     instances = {f"rows_of_backward<{ctype}>": 40 for ctype in cuda.C_TYPES.values()} | {"ends": 40}
     for ctype in cuda.C_TYPES.values():
         for kernel, sizes in (float_tiles if ctype == "float" else tiles).items():
             for Dp, tile in sizes.items():
-                instances[_instance(kernel, ctype, Dp, tile)] = 168 if ctype == "float" else 255
+                instances[_instance(kernel, ctype, Dp, tile)] = 255
     return cuda.Source("attention.cu", instances)
 
 

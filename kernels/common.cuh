@@ -37,8 +37,8 @@ template <> __device__ __forceinline__ float from_float<float>(float x) { return
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 template <> __device__ __forceinline__ fp16 from_float<fp16>(float x) { return __float2half_rn(x); }
 
-// Neighbours that are moved together: 16 bytes of T, the widest access a thread has, if nothing else is said. COUNT is a
-// power of two, and the address a multiple of the pack's size, or of 16 where it is larger (two accesses and more).
+// Neighbours that are moved together: 16 bytes of T, the widest access a thread has, if nothing else is said. COUNT is
+// a power of two, and the address a multiple of the pack's size, or of 16 where it is larger (two accesses and more).
 template <typename T, int COUNT = 16 / sizeof(T)> struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Pack {
     static constexpr int N = COUNT;
     T v[N];
@@ -129,16 +129,18 @@ template <int THREADS> __device__ __forceinline__ float row_max(float x, float* 
     return x;
 }
 
-// A row of D elements in the registers of its threads: thread t has the packs t, t + THREADS, ... of N elements. KEPT of
-// them are there; what a longer row has beyond is read again where it is used, and comes from the cache. Rows of a warp
-// have no more than what is kept.
-template <typename T, int N, int THREADS, int KEPT> struct Row {
+// A row of D elements in the registers of its threads: thread t has the packs t, t + THREADS, ... of N elements. KEPT
+// of them are there, 1024 elements for a warp and 4096 for a block; what a longer row has beyond is read again where it
+// is used, and comes from the cache. Rows of a warp are not longer.
+template <int N, int THREADS> constexpr int KEPT = (THREADS == 32 ? 1024 : 4096) / (THREADS * N);
+
+template <typename T, int N, int THREADS> struct Row {
     const T* from;
-    Pack<T, N> kept[KEPT];
+    Pack<T, N> kept[KEPT<N, THREADS>];
 
     __device__ __forceinline__ Row(const T* from, int D) : from(from) {
 #pragma unroll
-        for (int u = 0; u < KEPT; ++u) {  // all on their way before one is used
+        for (int u = 0; u < KEPT<N, THREADS>; ++u) {  // all on their way before one is used
             const int j = (thread_of_row<THREADS>() + u * THREADS) * N;
             kept[u] = j < D ? load_pack<N>(from + j) : Pack<T, N>{};
         }
@@ -146,17 +148,18 @@ template <typename T, int N, int THREADS, int KEPT> struct Row {
 };
 
 // use(u, j, pack of each row) for every pack of this thread: elements j, j + 1, ..., kept as number u (KEPT: not kept).
-template <int N, int THREADS, int KEPT, typename Use, typename... T>
-__device__ __forceinline__ void each_pack(int D, Use use, const Row<T, N, THREADS, KEPT>&... rows) {
+template <int N, int THREADS, typename Use, typename... T>
+__device__ __forceinline__ void each_pack(int D, Use use, const Row<T, N, THREADS>&... rows) {
+    constexpr int COUNT = KEPT<N, THREADS>;
 #pragma unroll
-    for (int u = 0; u < KEPT; ++u) {
+    for (int u = 0; u < COUNT; ++u) {
         const int j = (thread_of_row<THREADS>() + u * THREADS) * N;
         if (j < D) use(u, j, rows.kept[u]...);
     }
     if constexpr (THREADS > 32) {
 #pragma unroll 1
-        for (int j = (thread_of_row<THREADS>() + KEPT * THREADS) * N; j < D; j += THREADS * N)
-            use(KEPT, j, load_pack<N>(rows.from + j)...);
+        for (int j = (thread_of_row<THREADS>() + COUNT * THREADS) * N; j < D; j += THREADS * N)
+            use(COUNT, j, load_pack<N>(rows.from + j)...);
     }
 }
 
@@ -176,8 +179,8 @@ template <typename T> __device__ __forceinline__ void sum_columns(const float* p
     if (lane == 0 && blockIdx.x * 32 + warp < D) out[blockIdx.x * 32 + warp] = from_float<T>(sum);
 }
 
-// Elementwise work on `rows` rows of F, of which a block of THREADS has rows_per_block. For every pack of N elements that
-// is this thread's, LOADS at a time: load(u, row, column) for u = 0, 1, ... and then use(u, row, column) for the same.
+// Elementwise work on `rows` rows of F, of which a block of THREADS has rows_per_block. For every pack of N elements
+// that is this thread's, LOADS at a time: load(u, row, column) for u = 0, 1, ... and then use(u, row, column).
 template <int N, int LOADS, int THREADS, typename Load, typename Use>
 __device__ __forceinline__ void each_of_rows(int rows_per_block, int rows, int F, Load load, Use use) {
     const long long first = static_cast<long long>(blockIdx.x) * rows_per_block;

@@ -6,12 +6,12 @@
 //   2. backward with an atomic addition per element: as many bytes, but another sum in every run, and a token that is a
 //      tenth of all makes its row a queue.
 //   3. Sorted: the positions of the tokens are sorted by id, stably, so a row of dweight is the sum of a run of sorted
-//      positions, added in token order. What the sort moves is 8 bytes per token and pass, against 1536 of its gradient.
-//   4. The work is cut by position, PIECE of them to each thread, not by id: a run within a piece is added up and written
-//      there, the parts of a run over several pieces are added in order by the last kernel, which also writes the rows
-//      of the ids that do not occur. So no id, however frequent, holds up the rest. dy is read once and dweight written
-//      once: 32,768 tokens of 768 and 50,304 ids 0.030 ms, and nine launches of small kernels around it; predicted 0.06
-//      to 0.08 ms in all.
+//      positions, added in token order. The sort moves 8 bytes per token and pass, its gradient has 1536.
+//   4. The work is cut by position, PIECE of them to each thread, not by id: a run within a piece is added up and
+//      written there, the parts of a run over several pieces are added in order by the last kernel, which also writes
+//      the rows of the ids that do not occur. So no id, however frequent, holds up the rest. dy is read once and dweight
+//      written once: 32,768 tokens of 768 and 50,304 ids 0.030 ms, and nine launches of small kernels around it;
+//      predicted 0.06 to 0.08 ms in all.
 #include "common.cuh"
 
 constexpr int THREADS = 256;
@@ -23,7 +23,8 @@ __device__ __forceinline__ int inside(int id, int V) { return min(max(id, 0), V 
 
 template <typename T, int N>
 __global__ void __launch_bounds__(THREADS)
-forward(const T* weight, long long weight_stride, const int* ids, int tokens_per_block, int tokens, int V, int D, T* y) {
+forward(const T* weight, long long weight_stride, const int* ids, int tokens_per_block, int tokens, int V, int D,
+        T* y) {
     Pack<T, N> packs[4];
     each_of_rows<N, 4, THREADS>(
         tokens_per_block, tokens, D,

@@ -6,8 +6,10 @@ import numpy as np
 
 KERNELS = []  # every Kernel made, so that tests and benchmarks need no list of their own
 
-# The fastest version for an array's device comes first.
+# The fastest version for an array's device comes first; the dtypes that they take. Everything else is the reference's:
+# on the host 16-bit floats, which Numba does not know; on a GPU float64, which serves as the oracle.
 _PREFERENCE = {"cpu": ("numba",), "cuda": ("cuda", "numba_cuda")}
+_DTYPES = {"cpu": ("float32", "float64"), "cuda": ("float32", "bfloat16", "float16")}
 
 
 class Kernel:
@@ -20,7 +22,8 @@ class Kernel:
                with the largest values the kernel must bear) or "large" (for timing)
     saved      for a backward: saved(*args) -> args in which what the forward had saved is the forward's own result
 
-    Calling a Kernel runs the fastest version for the first array's device, or the reference where there is none.
+    Calling a Kernel runs the fastest version for the first array's device and dtype, or the reference where there is
+    none.
     MINILLM_KERNELS=reference in the environment makes every call take the reference.
     """
 
@@ -45,9 +48,8 @@ class Kernel:
         """The name of the version a call with first array `x` would run."""
         if os.environ.get("MINILLM_KERNELS") == "reference":
             return "reference"
-        # Numba knows no 16-bit floats, which the reference upcasts; the CUDA kernels no float64, which is the oracle.
         device = "cpu" if isinstance(x, np.ndarray) else "cuda"
-        if x.dtype not in (np.float32, np.float64) if device == "cpu" else x.dtype == np.float64:
+        if x.dtype.name not in _DTYPES[device]:
             return "reference"
         return next((name for name in _PREFERENCE[device] if name in self.versions), "reference")
 

@@ -14,10 +14,12 @@ Derivation, with h = dy weight
 Rungs
     reference   the definition
     numba       blocks of 64 rows; dweight and dbias as one partial sum per block, added in order
+    cuda        a row in the registers of a warp or a block; dweight and dbias as there (layer_norm.cu)
 """
 
 import numpy as np
 
+from . import cuda
 from .device import empty, upcast, xp_of
 from .jit import BLOCK, contiguous, prange, prange_jit, rows_of
 from .kernel import Kernel
@@ -100,6 +102,58 @@ def numba_backward(dy, x, weight, u, r):
     return dx, dweight.sum(0).astype(weight.dtype), dbias.sum(0).astype(weight.dtype)
 
 
+# ------------------------------------------------------------------ cuda
+
+_WARP = 1024  # a row of at most so many elements is a warp's, in a block of 4; a longer one a block's
+_PARTIAL = 264  # blocks of the backward at most: as many as an H200 runs at once; the same on any GPU
+
+_SOURCE = cuda.Source(
+    "layer_norm.cu",
+    {
+        f"{kernel}<{c_type}, {weight}, {n}, {threads}>": registers[threads]
+        for kernel, registers in (("forward", {32: 84, 256: 56}), ("backward", {32: 216, 256: 128}))
+        for c_type, widest in (("float", 4), ("bf16", 8), ("fp16", 8))
+        for weight in sorted({c_type, "float"})
+        for n in (widest, 1)
+        for threads in (32, 256)
+    }
+    | {f"sum_partial<{c_type}>": 32 for c_type in ("float", "bf16", "fp16")},
+)
+
+
+def _plan(kernel, x, weight, *others):
+    """(instance, threads of a block, rows of a block) for rows of x."""
+    n = 16 // x.itemsize if cuda.wide(x, weight, *others) else 1
+    threads, rows = (32, 4) if x.shape[-1] <= _WARP else (256, 1)
+    return f"{kernel}<{cuda.c_type(x)}, {cuda.c_type(weight)}, {n}, {threads}>", rows * threads, rows
+
+
+def cuda_forward(x, weight, bias, eps):
+    dtype = weight.dtype if weight.dtype == x.dtype else np.float32  # what the kernels take beside x
+    x, weight, bias = cuda.contiguous(x), cuda.contiguous(weight, dtype), cuda.contiguous(bias, dtype)
+    N, D = x.size // x.shape[-1], x.shape[-1]
+    y, u, r = empty(x, x.shape), empty(x, (N,), np.float32), empty(x, (N,), np.float32)
+    instance, threads, rows = _plan("forward", x, weight, bias, y)
+    arguments = x, weight, bias, np.int32(N), np.int32(D), np.float32(eps), y, u, r
+    _SOURCE.launch(instance, -(-N // rows), threads, arguments)
+    return y, u, r
+
+
+def cuda_backward(dy, x, weight, u, r):
+    dtype = weight.dtype if weight.dtype == x.dtype else np.float32
+    x, dy, w = cuda.contiguous(x), cuda.contiguous(dy, x.dtype), cuda.contiguous(weight, dtype)
+    u, r, dx = cuda.contiguous(u, np.float32), cuda.contiguous(r, np.float32), empty(x, x.shape)
+    N, D = r.size, x.shape[-1]
+    instance, threads, rows = _plan("backward", x, w, dy, dx)
+    blocks = min(-(-N // rows), _PARTIAL)
+    partial, gradients = empty(x, (blocks, 2 * D), np.float32), empty(x, (2, D), w.dtype)
+    arguments = dy, x, w, u, r, np.int32(N), np.int32(D), dx, partial
+    _SOURCE.launch(instance, blocks, threads, arguments, shared=8 * rows * D if rows > 1 else 0)
+    arguments = partial, np.int32(blocks), np.int32(D), gradients
+    _SOURCE.launch(f"sum_partial<{cuda.c_type(w)}>", -(-2 * D // 32), 1024, arguments)
+    return dx, *gradients.astype(weight.dtype, copy=False)
+
+
 # ------------------------------------------------------------------ table
 
 
@@ -123,13 +177,13 @@ def _saved(dy, x, weight, u, r):
 forward = Kernel(
     "layer_norm_forward",
     reference=reference_forward,
-    versions={"numba": numba_forward},
+    versions={"numba": numba_forward, "cuda": cuda_forward},
     example=_example,
 )
 backward = Kernel(
     "layer_norm_backward",
     reference=reference_backward,
-    versions={"numba": numba_backward},
+    versions={"numba": numba_backward, "cuda": cuda_backward},
     example=_backward_example,
     saved=_saved,
 )

@@ -15,13 +15,17 @@ How a block computes a tile
     A tile is TILE x TILE, whatever the head size D: long rows are walked through TILE columns at a time, and what grows
     with D (the sums o, dq, dk, dv) lives in the result itself, in memory. A block is SIDE x SIDE threads. Thread (y, x)
     owns the elements (y + SIDE r, x + SIDE n) of every tile that is computed, r and n < EACH, and keeps them in
-    registers (`c`); what is loaded lies in shared memory, because all threads of the block read it.
+    registers (`c`); what is loaded lies in shared memory, because all threads of the block read it: four tiles at most,
+    17 KB in float32 and 34 KB in float64 of the 48 KB that a block gets on any GPU.
     A thread may read what another wrote only after a `cuda.syncthreads()` that both have passed, and may overwrite what
     another reads only after one, too. Every one of them is needed: the tests drop each in turn, and see the results
     change.
 
 Only shared memory and `cuda.syncthreads` are used, no warp instructions, so NUMBA_ENABLE_CUDASIM=1 in the environment
-runs these kernels in Numba's simulator, on NumPy arrays: slowly, but with print and a debugger in every thread.
+runs these kernels in Numba's simulator, on NumPy arrays: slowly, but with print and a debugger in every thread. On a
+GPU they need the package numba-cuda. No tensor cores and no cp.async, so a small part of the speed of the CUDA C++
+kernels is expected; they have not been timed on a GPU yet. Compiled for sm_90 by numba-cuda 0.30.4 in float32, a thread
+takes 126 registers in the forward, 244 (dq) and 254 (dk, dv) in the backward, and nothing is spilled.
 
 float32 and float64 run as they are. 16-bit floats are converted to float32 arrays and the results back, because
 numba.cuda has no bfloat16 arithmetic that its simulator knows too; the CUDA C++ kernels read them as they are.

@@ -11,16 +11,13 @@
 // Streaming accesses are not used: what a norm reads and writes its neighbours in the network read again.
 #include "common.cuh"
 
-// Of a row, a warp keeps 1024 elements in registers (longer rows are for blocks), a block 4096.
-template <int N, int THREADS> constexpr int KEPT = (THREADS == 32 ? 1024 : 4096) / (THREADS * N);
-
 template <typename T, typename W, int N, int THREADS>
 __global__ void __launch_bounds__(BLOCK<THREADS>)
 forward(const T* x, const W* weight, int rows, int D, float eps, T* y, float* r) {
     SHARED(float, partial, THREADS / 32);
     const long long i = row_of_thread<THREADS>();
     if (i >= rows) return;
-    const Row<T, N, THREADS, KEPT<N, THREADS>> row(x + i * D, D);
+    const Row<T, N, THREADS> row(x + i * D, D);
 
     float squares = 0;
     each_pack(
@@ -54,7 +51,7 @@ backward(const T* dy, const T* x, const W* weight, const float* r, int rows, int
     SHARED(float, sums, 2 * THREADS / 32);
     DYNAMIC_SHARED(memory);
     float* block_dweight = partial + static_cast<long long>(blockIdx.x) * D;
-    const Row<W, N, THREADS, KEEP> weights(weight, D);
+    const Row<W, N, THREADS> weights(weight, D);
     float dweight[KEEP][N];  // of the packs that are kept; what lies beyond is added up in global memory
     each_pack(
         D,
@@ -66,7 +63,7 @@ backward(const T* dy, const T* x, const W* weight, const float* r, int rows, int
 
     int turn = 0;  // two places for a row's sum, so that one barrier per row is enough
     for (long long i = row_of_thread<THREADS>(); i < rows; i += gridDim.x * ROWS, turn ^= THREADS / 32) {
-        const Row<T, N, THREADS, KEEP> from(dy + i * D, D), row(x + i * D, D);
+        const Row<T, N, THREADS> from(dy + i * D, D), row(x + i * D, D);
         const float r_i = r[i];
         float h_x = 0;  // sum_d h_d x_d
         each_pack(
@@ -93,7 +90,8 @@ backward(const T* dy, const T* x, const W* weight, const float* r, int rows, int
             from, row, weights);
     }
 
-    float* warp_dweight = THREADS == 32 ? reinterpret_cast<float*>(memory) + row_of_block<THREADS>() * D : block_dweight;
+    float* warp_dweight = block_dweight;
+    if constexpr (THREADS == 32) warp_dweight = reinterpret_cast<float*>(memory) + row_of_block<THREADS>() * D;
     each_pack(
         D,
         [&](int u, int j, const Pack<W, N>&) {

@@ -1,8 +1,8 @@
 // Rotary position embedding. Contract and derivation stand in rope.py.
 //
 // Rungs (predicted for an H200: a copy moves 4.3 TB/s; nothing here has been measured yet)
-//   1. q and k are read where they lie, views into the fused projection: 4 bytes per bf16 element. 32,768 tokens of 1536
-//      elements: 0.047 ms; predicted at least 80 percent of that.
+//   1. q and k are read where they lie, views into the fused projection: 4 bytes per bf16 element. 32,768 tokens of
+//      1536 elements: 0.047 ms; predicted at least 80 percent of that.
 //   2. 16-byte accesses to both halves of a head, 4 on their way per thread. The angles are float32 and the same for
 //      all heads of a token: 4 bytes per element, but from the L1 cache.
 #include "common.cuh"

@@ -22,7 +22,6 @@ scripts/explain_gradient.py one.
 """
 
 import builtins
-import collections
 import contextlib
 import contextvars
 import functools
@@ -125,7 +124,9 @@ def _source(tensor):
 
 def _ancestors(tensors):
     """{node or leaf: how many gradients a backward() from these Tensors sends it}."""
-    seen = collections.Counter(_source(t) for t in tensors if t.requires_grad)
+    seen = {}
+    for source in (_source(t) for t in tensors if t.requires_grad):
+        seen[source] = seen.get(source, 0) + 1
     stack = list(seen)
     while stack:
         node = stack.pop()
@@ -136,9 +137,11 @@ def _ancestors(tensors):
                 )
             for parent, _ in node.parents:
                 if parent is not None:
-                    if parent not in seen:
+                    if parent in seen:
+                        seen[parent] += 1
+                    else:
+                        seen[parent] = 1
                         stack.append(parent)
-                    seen[parent] += 1
     return seen
 
 
@@ -165,16 +168,15 @@ def backward(tensors, gradients):
             else:
                 total = total + g
             have[index] = total, True
-        awaited[node] -= 1
-        if (
-            isinstance(node, Tensor) and not awaited[node]
-        ):  # a leaf's gradient waits for no turn: its memory is free now
-            _accumulate(node, have.pop(0)[0])
+        if isinstance(node, Tensor):  # a leaf: nothing needs to wait for its turn, and the memory of g is free now
+            awaited[node] -= 1
+            if not awaited[node]:
+                _accumulate(node, have.pop(0)[0])
 
-    def buffer_of(node):
-        """The gradient of a leaf that the next one sent to it is simply added to, else None."""
-        alone = isinstance(node, Tensor) and awaited[node] == 1 and not pending[node]
-        return node.grad if alone else None
+    def buffer_of(parent):
+        """The array that the next gradient of a leaf is added to, if it is the leaf's only one, else None."""
+        only = isinstance(parent, Tensor) and awaited[parent] == 1 and not pending[parent]
+        return parent.grad if only else None
 
     for tensor, gradient in zip(tensors, gradients, strict=True):
         if tensor.requires_grad:
@@ -191,27 +193,31 @@ def backward(tensors, gradients):
             for i, (shape, dtype) in enumerate(node.outputs)
         ]
         del have
-        into = [buffer_of(parent) for parent, _ in parents]
-        for i, ((parent, index), dx) in enumerate(zip(parents, _run_back(way_back, g, into), strict=True)):
-            if parent is not None and (dx is None or dx is not into[i]):
-                shape = parent.shape if isinstance(parent, Tensor) else parent.outputs[index][0]
+        found = _run_back(way_back, g, parents, buffer_of)
+        for i, ((parent, index), dx) in enumerate(zip(parents, found, strict=True)):
+            if parent is not None:
+                leaf = isinstance(parent, Tensor)
+                if leaf and dx is not None and dx is parent.grad:
+                    continue  # it has been added
+                shape = parent.data.shape if leaf else parent.outputs[index][0]
                 if dx is None or dx.shape != shape:
                     got = "no gradient" if dx is None else f"a gradient of shape {dx.shape}"
                     raise RuntimeError(f"the way back of {op.__name__} gave input {i} of shape {shape} {got}")
                 send(parent, index, dx)
 
 
-def _run_back(way_back, g, into):
-    if callable(way_back):
-        return way_back(*g, into=into) if _adds_itself(way_back) else way_back(*g)
-    return [
-        back and (back(*g, into=array) if array is not None and _adds_itself(back) else back(*g))
-        for back, array in zip(way_back, into, strict=True)
-    ]
+def _run_back(way_back, g, parents, buffer_of):
+    if not callable(way_back):
+        return [
+            back and (back(*g, into=buffer_of(parent)) if _adds_itself(back) else back(*g))
+            for back, (parent, _) in zip(way_back, parents, strict=True)
+        ]
+    return way_back(*g, into=[buffer_of(p) for p, _ in parents]) if _adds_itself(way_back) else way_back(*g)
 
 
 def _adds_itself(back):
-    return "into" in (getattr(back, "__kwdefaults__", None) or ())
+    constants = getattr(back, "__kwdefaults__", None)
+    return constants is not None and "into" in constants
 
 
 def _accumulate(leaf, g):

@@ -368,9 +368,11 @@ def _logprob_coefficients(g, g_H, H, log_total):
     return (-g, zero, g, zero) if g_H is None else (-g - g_H * (H - log_total), -g_H, g, zero)
 
 
-def _row_chunks(N, V, itemsize, rows_per_chunk):
-    """Slices of rows whose logits fill about 16 MB, at least 128 rows: smaller products run slower."""
-    size = rows_per_chunk or max(128, (16 << 20) // (V * itemsize))
+def _row_chunks(hidden, V, rows_per_chunk):
+    """Slices of rows whose logits fill about 16 MB, a processor's cache, at least 128 rows; on a GPU, which needs more
+    rows to be busy, 1 GB and at least 4096. Smaller products run slower."""
+    least, memory = (128, 16 << 20) if xp_of(hidden) is np else (4096, 1 << 30)
+    size, N = rows_per_chunk or max(least, memory // (V * hidden.itemsize)), len(hidden)
     return [slice(i, min(i + size, N)) for i in range(0, N, size)]
 
 
@@ -440,7 +442,7 @@ def linear_cross_entropy(
     cast_weight = weight.astype(h.dtype, copy=False)
     gradient = _HeadGradient(h, cast_weight, needs)
     total = xp.zeros((), w.dtype)
-    for chunk in _row_chunks(len(h), V, h.itemsize, rows_per_chunk):
+    for chunk in _row_chunks(h, V, rows_per_chunk):
         logits = multiply(h[chunk], cast_weight.T)
         loss, m, log_total, a, c, d = _loss_rows(logits, t[chunk], label_smoothing, z_loss)
         total = total + (loss * w[chunk]).sum()
@@ -473,7 +475,7 @@ def linear_token_logprobs(
     flat_targets = _checked_targets("linear_token_logprobs", hidden.shape[:-1], targets, V, ignore_index)
     rows, h, t = _compressed(hidden, flat_targets)
     cast_weight = weight.astype(h.dtype, copy=False)
-    chunks = _row_chunks(len(h), V, h.itemsize, rows_per_chunk)
+    chunks = _row_chunks(h, V, rows_per_chunk)
     dtype = upcast(hidden[:0]).dtype
     m, log_total, logp, H = (xp.zeros(len(h), dtype) for _ in range(4))
     for chunk in chunks:

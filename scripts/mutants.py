@@ -120,7 +120,7 @@ FAULTS = {
         ('with _record("yes"):', "with contextlib.nullcontext():", "checkpoint: under no_grad the replay is lost"),
     ],
     "minillm/functional.py": [
-        ("lambda g: g.reshape(rows, N).sum(0)", "lambda g: g.reshape(rows, N).mean(0)", "linear: dbias is a mean"),
+        ("lambda g: g.reshape(rows, N).sum(0,", "lambda g: g.reshape(rows, N).mean(0,", "linear: dbias is a mean"),
         ("y * (g - (g * y).sum(axis, keepdims=True))", "y * (g - g * y)", "softmax: dx without the sum over the slice"),
         ("a * a.dtype.type(1 / (1 - p))", "a", "dropout: what is kept is not divided by 1 - p"),
         ("rotate(g, cos, -sin)", "rotate(g, cos, sin)", "rope: the gradient is turned forwards"),
@@ -147,7 +147,7 @@ FAULTS = {
             "(-g - g_H * (H - log_total), g_H, g, zero)",
             "token_logprobs: a sign in the entropy's gradient",
         ),
-        ("self.dweight += dlogits.T", "self.dweight = dlogits.T", "linear_cross_entropy: dweight of one chunk"),
+        ("self.dweight, add=True)", "self.dweight)", "linear_cross_entropy: dweight of one chunk"),
         (
             "upcast(weight[:0]).dtype) if needs",
             "weight.dtype) if needs",
@@ -226,7 +226,7 @@ FAULTS = {
     "kernels/adamw.py": [
         ("lr / (1 - beta1**step)", "lr", "adamw: the first moment's bias is not corrected"),
         ("(np.sqrt(v_i) * root + eps)", "np.sqrt(v_i * root * root + eps)", "adamw: eps stands inside the root"),
-        ("(1 - lr * weight_decay,", "(1 - weight_decay,", "adamw: the decay without the learning rate"),
+        ("decays = 1 - lr * weight_decay,", "decays = 1 - weight_decay,", "adamw: the decay without the learning rate"),
     ],
     "kernels/jit.py": [
         ("y = _ZERO if x < _LOW else y\n        ", "", "exp: e^-inf is not 0"),

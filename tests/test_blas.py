@@ -7,6 +7,7 @@ documentation defines it: matrices column by column, with a leading dimension, o
 import ctypes
 import itertools
 import types
+import weakref
 from pathlib import Path
 
 import ml_dtypes
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from minillm import functional as F
-from minillm.autograd import Tensor, checkpoint
+from minillm.autograd import Tensor, checkpoint, op
 from minillm.kernels import blas, device
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -562,6 +563,43 @@ def test_the_heads_on_a_device(cupy, kind, monkeypatch):
             assert ours.dtype == wanted.dtype
             rtol = ml_dtypes.finfo(ours.dtype).eps
             assert np.allclose(np.array(ours, float), np.array(wanted, float), rtol=4 * rtol, atol=1e-6)
+
+
+def test_a_chunk_of_the_head_is_larger_on_a_device(cupy):
+    hidden = np.zeros((9000, 2), BF16)
+    ends = [[part.stop for part in F._row_chunks(h, 100_000, None)] for h in (hidden, cupy.put(hidden))]
+    assert ends[0][:2] == [128, 256] and ends[1] == [5368, 9000]
+
+
+def test_a_bias_of_16_bit_rows_is_summed_in_32(cupy):
+    g = np.full((3000, 2), 1.0, BF16)  # in bfloat16, 256 + 1 is 256
+    for put in (cupy.put, lambda a: a):
+        bias = Tensor(put(np.zeros(2, np.float32)), requires_grad=True)
+        cupy.library.guarded = False
+        F.linear(put(np.ones((3000, 3), BF16)), put(np.ones((2, 3), np.float32)), bias).backward(put(g))
+        assert np.array_equal(bias.grad, [3000, 3000])
+
+
+def test_a_gradient_is_added_and_freed_as_soon_as_it_is_whole():
+    alive, counts = [], []
+
+    @op
+    def scaled(x, w):
+        def dw(g):
+            counts.append(sum(r() is not None for r in alive))
+            dw = g * x
+            alive.append(weakref.ref(dw))
+            return dw
+
+        return x * w, (lambda g: g * w, dw)
+
+    y = np.full(3, 2.0)
+    leaves = [Tensor(np.full(3, 2.0), requires_grad=True) for _ in range(4)]
+    for leaf in leaves:
+        y = scaled(y, leaf)
+    y.sum().backward()
+    assert max(counts) <= 1  # the last one, which backward still has a name for
+    assert all(np.array_equal(leaf.grad, np.full(3, 16.0)) for leaf in leaves)
 
 
 def sums(f, *values, flat):
