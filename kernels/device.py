@@ -54,7 +54,7 @@ def check_device(device):
 
 
 def device_of(x):
-    """ "cpu" or "cuda": where the array is."""
+    """Where the array is: "cpu" or "cuda"."""
     return "cpu" if _on_host(x) else "cuda"
 
 
@@ -104,9 +104,9 @@ class Later:
 
     def __init__(self, x):
         if _on_host(x):
-            self._array, self._event, self.number = x, None, -1
+            self._array, self._event, self.order = x, None, -1
         else:
-            self.number = next(_clock)
+            self.order = next(_clock)
             self._array = importlib.import_module("cupyx").empty_pinned(x.shape, x.dtype)
             x.get(out=self._array, blocking=False)
             self._event = cuda().Event(disable_timing=True)
@@ -163,7 +163,7 @@ def check_ids(name, ids, n):
 def raise_flags(until=None):
     """Raise the error of the first failed `check_ids` on a GPU, if there is one; with `until`, a Later, only of those
     that were told before it, and are known when it is."""
-    count = len(_flags) if until is None else sum(flag.number < until.number for *_, flag in _flags)
+    count = len(_flags) if until is None else sum(flag.order < until.order for *_, flag in _flags)
     for _ in range(count):
         name, ids, n, flag = _flags.popleft()
         if flag.wait():

@@ -241,7 +241,7 @@ FAULTS = {
         ("ids.max() >= n", "ids.max() > n", "check_ids: the id that is one too large passes"),
         ("            self._event.synchronize()\n", "            pass\n", "asynchronous: read before it has arrived"),
         (
-            "flag.number < until.number for *_, flag in _flags",
+            "flag.order < until.order for *_, flag in _flags",
             "True for _ in _flags",
             "flag: waits for later checks",
         ),

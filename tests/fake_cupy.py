@@ -22,7 +22,6 @@ import contextlib
 import importlib.machinery
 import math
 import sys
-import traceback
 import types
 
 import ml_dtypes
@@ -32,7 +31,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SCALARS = (bool, int, float, np.generic)  # what may stand beside an array
 POISON = 0x5A5A5A5A
 
-synchronized = []  # a line of code for each wait
+synchronized = []  # where the code was that waited
 _allowed = [True]
 _stream_order = []  # what is queued and has not arrived: functions
 
@@ -46,8 +45,10 @@ class OutOfMemoryError(MemoryError):
 
 
 def _synchronize(what):
-    caller = next(f for f in reversed(traceback.extract_stack()) if f.filename != __file__)
-    synchronized.append(f"{what} at {caller.filename}:{caller.lineno}: {caller.line}")
+    frame = sys._getframe(1)
+    while frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    synchronized.append(f"{what} at {frame.f_code.co_filename}:{frame.f_lineno}")
     if not _allowed[0]:
         raise AssertionError(f"waits for the GPU: {synchronized[-1]}")
     _arrive(len(_stream_order))
