@@ -23,12 +23,13 @@ from minillm.harness import score
 from minillm.kernels import device
 from minillm.kernels.adamw import step_inplace
 from minillm.model import Config, build
-from minillm.optim import AdamW, clip_grad_norm, gpu_clip_scale
+from minillm.optim import AdamW, clip_grad_norm, clip_scale, gpu_clip_scale
 from minillm.pipeline import SIZES, PipelineConfig, Stage, read_notes
 from minillm.trainers import best_of_n, common, reward
 from minillm.trainers import run as run_module
 from minillm.trainers.common import Settings
 from tests import fake_cupy
+from tests.cuda_on_cpu import Cpu, on_cpu
 from tests.fake_cupy import installed
 from tests.world import TOKENIZER, TRAINERS, config, left, make_world
 
@@ -434,7 +435,7 @@ def test_a_trainer_does_the_same_on_the_gpu_without_waiting(name, world, expecte
     assert {"model.safetensors", "metrics.jsonl", "samples.jsonl", "settings.json"} <= found | {"samples.jsonl"}
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", ["pretrain", "dpo", "ppo"])
 def test_a_trainer_in_bfloat16_stays_near(name, world, expected, tmp_path):
     with installed():
         gpu, _ = TRAINERS[name].train(brief(world, name, tmp_path / "cuda", device="cuda", precision="bfloat16"))
@@ -609,6 +610,68 @@ def test_every_stage_of_the_pipeline_can_be_on_the_gpu(size, tmp_path):
     there = dataclasses.replace(here, device="cpu", precision="float32")
     assert read_notes(there)["settings"] == read_notes(here)["settings"]
     assert ("workers" in Stage(there, "sft").shared) == (size == "default")
+
+
+# ------------------------------------------------------------------ with the CUDA kernels
+
+
+class OnCpu(Cpu):
+    """The CPU that plays the GPU, for the stand-in's arrays."""
+
+    def launch(self, source, instance, grid, threads, arguments, shared):
+        memory = tuple(a._array if isinstance(a, fake_cupy.ndarray) else a for a in arguments)
+        super().launch(source, instance, grid, threads, memory, shared)
+
+
+def two_updates(model, tokens, start, targets):
+    """The losses, the first gradient, and the parameters after two updates, arrays where the model is."""
+    optimizer, losses, first = AdamW(model.parameters, lr=0.01), [], None
+    for _ in range(2):
+        loss = F.linear_cross_entropy(model.hidden(tokens, start), model.head, targets)
+        loss.backward()
+        losses.append(loss.data)
+        first = model.flat_grad.copy() if first is None else first
+        norm = optimizer.grad_norm()
+        on_gpu = model.device == "cuda"
+        optimizer.step(scale=gpu_clip_scale(norm, 1.0, loss.data) if on_gpu else clip_scale(norm, 1.0))
+        optimizer.zero_grad()
+    return losses, first, model.flat
+
+
+@pytest.mark.parametrize(
+    "kind, precision",
+    [
+        ("llama", "bfloat16"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", "float32"), ("gpt2", "float32"))),
+        pytest.param("gpt2", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_updates_on_the_cuda_kernels_are_those_of_the_references(kind, precision, cupy, monkeypatch):
+    """Embedding to AdamW, every kernel's own code, in the order and with the views of a real update."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 96}
+    kind = {"num_key_value_heads": 1} if kind == "llama" else {"architecture": kind}
+    shape = Config(vocab_size=V, max_position_embeddings=64, **sizes, **kind)
+    rng = np.random.default_rng(0)
+    tokens, start = batch_of(rng, 2, 36)
+    batch = tokens, np.minimum(start, np.arange(36, dtype=np.int32)), np.where(rng.random((2, 36)) < 0.2, -100, tokens)
+    expected = two_updates(build(shape), *batch)
+    monkeypatch.delenv("MINILLM_KERNELS")
+    with on_cpu(OnCpu()) as backend:
+        gpu = build(shape).to("cuda", precision)
+        with cupy.allow_synchronize(False):
+            losses, first, flat = two_updates(gpu, *batch)
+    launched = {source for source, _ in backend.launched}
+    names = "rms_norm rope swiglu" if gpu.config.architecture == "llama" else "layer_norm gelu"
+    assert launched == {f"{name}.cu" for name in f"embedding attention cross_entropy adamw {names}".split()}
+    rough = precision == "bfloat16"
+    np.testing.assert_allclose([x.get() for x in losses], expected[0], rtol=2e-3 if rough else 1e-5)
+    begin = build(shape).flat
+    for (a, b), limit in zip(
+        ((first.get(), expected[1]), (flat.get() - begin, expected[2] - begin)),
+        (2e-2, 0.2) if rough else (1e-5, 1e-3),  # Adam's first updates go by the gradient's signs alone
+        strict=True,
+    ):
+        assert np.linalg.norm(a - b) < limit * np.linalg.norm(b)
 
 
 # ------------------------------------------------------------------ what can not be had
