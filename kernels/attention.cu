@@ -16,8 +16,11 @@
 //     ldmatrix from swizzled rows: 8 rows of one column lie in 8 different groups of banks 210-260 130-160  100-130
 //     the next tile arrives (cp.async) while this one is worked on; own rows in registers  240-285 145-175  110-150
 //     32 rows per warp, which halves what is read of the streamed tile; tiles that nobody
-//       sees are skipped, and the masking where all see all; long blocks start first       285-330 170-205
-//     backward in one pass (ONE_PASS): 5 products per pair of tiles, not 7; dq by atomics                     150-190
+//       sees are skipped, and the masking where all see all; long blocks start first       285-330 170-205  150-190
+//     addresses by one XOR from a lane's own; acc is corrected only where a maximum has
+//       grown by much: of 620 (D = 64) and 610 (D = 128) instructions per pair of tiles
+//       and warp, 128 of them on tensor cores, 560 and 480 are left                       310-360 190-220
+//     backward in one pass (ONE_PASS): 5 products per pair of tiles, not 7; dq by atomics                    170-230
 #include "common.cuh"
 
 // An operand (B, T, H, D) whose last axis is contiguous, and its strides in numbers.
@@ -313,29 +316,45 @@ __device__ __forceinline__ void hide(typename E::Scores& s, const Rows& seen, in
 
 // ------------------------------------------------------------------ forward
 
-// s becomes p = 2^(scale s - top), and top (the row's maximum of scale s), total and acc go on as attention.py says,
-// but in powers of 2: `scale` has log2(e) in it, so that a score costs one multiply-add and one ex2. `total` is that of
-// the thread's columns alone until the end.
+// s becomes p = 2^(scale s - top), and top (a maximum of scale s in the row), total and acc go on as attention.py says,
+// but in powers of 2: `scale` has log2(e) in it, so that a score costs a multiply-add and an ex2. Where the maximum
+// grows by 8 at most it stays what it was: p is at most 2^8 then, and where that is so in all rows of the warp, acc
+// needs no correction, which is as much work as the scores are. Each row decides for itself, so that its result does not
+// depend on others. `total` is that of the thread's columns alone until the end.
 template <typename E>
 __device__ __forceinline__ void online_softmax(typename E::Scores& s, typename E::Sums& acc, float (&top)[E::R],
                                                float (&total)[E::R], float scale) {
+    float highest[E::R];
+    bool grown = false;
 #pragma unroll
     for (int r = 0; r < E::R; ++r) {
-        float highest = s(r, 0);
+        highest[r] = s(r, 0);
 #pragma unroll
-        for (int c = 1; c < E::Scores::C; ++c) highest = fmaxf(highest, s(r, c));
-        highest = fmaxf(top[r], scale * warp_max<E::WIDTH>(highest));
-        float at = highest == -INF ? 0 : highest;  // nothing seen yet: 2^(-inf - 0) is 0, 2^(-inf + inf) would be NaN
-        float correction = exp2_fast(top[r] - at), sum = 0;
-        top[r] = highest;
+        for (int c = 1; c < E::Scores::C; ++c) highest[r] = fmaxf(highest[r], s(r, c));
+        highest[r] = fmaxf(top[r], scale * warp_max<E::WIDTH>(highest[r]));
+        if (highest[r] <= top[r] + 8) highest[r] = top[r];
+        grown |= highest[r] > top[r];
+    }
+    if (__ballot_sync(FULL_WARP, grown)) {
+#pragma unroll
+        for (int r = 0; r < E::R; ++r) {
+            // where nothing has been seen yet: 2^(-inf - 0) is 0, 2^(-inf + inf) would be NaN
+            const float correction = exp2_fast(top[r] - (highest[r] == -INF ? 0 : highest[r]));
+            top[r] = highest[r], total[r] *= correction;
+#pragma unroll
+            for (int c = 0; c < E::Sums::C; ++c) acc(r, c) *= correction;
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < E::R; ++r) {
+        const float at = top[r] == -INF ? 0 : top[r];
+        float sum = 0;
 #pragma unroll
         for (int c = 0; c < E::Scores::C; ++c) {
             s(r, c) = exp2_fast(fmaf(scale, s(r, c), -at));
             sum += s(r, c);
         }
-        total[r] = total[r] * correction + sum;
-#pragma unroll
-        for (int c = 0; c < E::Sums::C; ++c) acc(r, c) *= correction;
+        total[r] += sum;
     }
 }
 

@@ -14,7 +14,7 @@ Numbers
     16-bit and float32 inputs: products and sums in float32, rounded once, at the end, to the result's dtype. Partial
     sums over parts of K meet in float32 too (only CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE is allowed). float32 inputs
     are not shortened to TF32: that would be another compute type. float64 inputs: everything in float64.
-    One shape gets one algorithm, no sum depends on which thread came first: the same bits every time.
+    A shape (and alignment) gets one algorithm, and no sum depends on which thread came first: the same bits every time.
 
 Cost of a call whose shapes have been seen: one call of cublasLtMatmul, with descriptors and an algorithm that are kept.
 Nothing is allocated (given `out`) and nothing waits, so it can be captured once it has run on that stream.

@@ -186,7 +186,8 @@ fused(T* logits, const int* targets, const float* a, const float* z, const float
             if (j < staged) store_pack(stage + j, x);
             of_row.add<false>(x, scale * LOG2E);
         });
-    const float at_target = logit_of(row, target, V);  // before a barrier: behind it the others write
+    const float at_target = logit_of(row, target, V);  // before a barrier, behind which the others write; merge has one
+    if constexpr (THREADS == 32) __syncwarp();         // for a block
     of_row.merge<THREADS, false>(scale * LOG2E, partial);
 
     const float log_of_row = logf(of_row.total), lse = fmaf(scale, of_row.m, log_of_row);

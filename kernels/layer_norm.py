@@ -104,18 +104,19 @@ def numba_backward(dy, x, weight, u, r):
 
 # ------------------------------------------------------------------ cuda
 
-_WARP = 1024  # a row of at most so many elements is a warp's, in a block of 4; a longer one a block's
+# A row of at most so many elements is a warp's, in a block of 4, and a longer one a block's; so is one that 16-byte
+# accesses do not fit.
+_WARP = 1024
 _PARTIAL = 264  # blocks of the backward at most: as many as an H200 runs at once; the same on any GPU
 
 _SOURCE = cuda.Source(
     "layer_norm.cu",
     {
         f"{kernel}<{c_type}, {weight}, {n}, {threads}>": registers[threads]
-        for kernel, registers in (("forward", {32: 84, 256: 56}), ("backward", {32: 216, 256: 128}))
+        for kernel, registers in (("forward", {32: 60, 256: 56}), ("backward", {32: 200, 256: 128}))
         for c_type, widest in (("float", 4), ("bf16", 8), ("fp16", 8))
         for weight in sorted({c_type, "float"})
-        for n in (widest, 1)
-        for threads in (32, 256)
+        for n, threads in ((widest, 32), (widest, 256), (1, 256))
     }
     | {f"sum_partial<{c_type}>": 32 for c_type in ("float", "bf16", "fp16")},
 )
@@ -124,7 +125,7 @@ _SOURCE = cuda.Source(
 def _plan(kernel, x, weight, *others):
     """(instance, threads of a block, rows of a block) for rows of x."""
     n = 16 // x.itemsize if cuda.wide(x, weight, *others) else 1
-    threads, rows = (32, 4) if x.shape[-1] <= _WARP else (256, 1)
+    threads, rows = (32, 4) if n > 1 and x.shape[-1] <= _WARP else (256, 1)
     return f"{kernel}<{cuda.c_type(x)}, {cuda.c_type(weight)}, {n}, {threads}>", rows * threads, rows
 
 

@@ -97,7 +97,9 @@ def numba_backward(dy, x, weight, r):
 
 # ------------------------------------------------------------------ cuda
 
-_WARP = 1024  # a row of at most so many elements is a warp's, in a block of 4; a longer one a block's
+# A row of at most so many elements is a warp's, in a block of 4, and a longer one a block's; so is one that 16-byte
+# accesses do not fit.
+_WARP = 1024
 _PARTIAL = {32: 396, 256: 264}  # blocks of the backward at most: as many as an H200 runs at once; the same on any GPU
 
 _SOURCE = cuda.Source(
@@ -107,8 +109,7 @@ _SOURCE = cuda.Source(
         for kernel, registers in (("forward", {32: 56, 256: 56}), ("backward", {32: 168, 256: 112}))
         for c_type, widest in (("float", 4), ("bf16", 8), ("fp16", 8))
         for weight in sorted({c_type, "float"})
-        for n in (widest, 1)
-        for threads in (32, 256)
+        for n, threads in ((widest, 32), (widest, 256), (1, 256))
     }
     | {f"sum_partial<{c_type}>": 32 for c_type in ("float", "bf16", "fp16")},
 )
@@ -123,7 +124,7 @@ def _instance(kernel, weight, *arrays):
     """(instance, threads per row, rows per block)."""
     x = arrays[0]
     n = 16 // x.itemsize if cuda.wide(weight, *arrays) else 1
-    threads = 32 if x.shape[-1] <= _WARP else 256
+    threads = 32 if n > 1 and x.shape[-1] <= _WARP else 256
     instance = f"{kernel}<{cuda.c_type(x)}, {cuda.c_type(weight)}, {n}, {threads}>"
     return instance, threads, 4 if threads == 32 else 1
 

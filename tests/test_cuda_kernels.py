@@ -203,17 +203,20 @@ def check(kernel, args, kwargs, results):
         naive = call(kernel, "reference", args, kwargs)
     assert [r.dtype for r in results] == [n.dtype for n in naive]
     for result, of_naive, e in zip(results, naive, exact, strict=True):
-        with np.errstate(over="ignore"):
+        name = result.dtype.name
+        with np.errstate(all="ignore"):
             e = np.where(np.isfinite(of_naive), e, of_naive.astype(np.float64))  # beyond the dtype's range
-        if result.dtype == np.float32:
+        if name == "float32":
             allowed = max(3 * largest_error([of_naive], [e]), 4 * np.finfo(np.float32).eps)
             assert largest_error([result], [e]) <= allowed, (kernel.name, largest_error([result], [e]), allowed)
         else:
-            result = result.astype(np.float64)
-            assert np.array_equal(result[~np.isfinite(e)], e[~np.isfinite(e)], equal_nan=True)
-            wrong = np.linalg.norm(np.where(np.isfinite(e), result - e, 0))
-            size = np.linalg.norm(np.where(np.isfinite(e), e, 0))
-            assert wrong <= TOLERANCE[of_naive.dtype.name] * max(size, 1e-3), (kernel.name, wrong, size)
+            finite = np.isfinite(e)
+            result, of_naive = result.astype(np.float64), of_naive.astype(np.float64)
+            assert np.array_equal(result[~finite], e[~finite], equal_nan=True)
+            wrong, least = (np.linalg.norm(x[finite] - e[finite]) for x in (result, of_naive))
+            size = np.linalg.norm(e[finite])
+            allowed = max(TOLERANCE[name] * max(size, 1e-3), 1.1 * least)  # few numbers may round alike
+            assert wrong <= allowed, (kernel.name, wrong, allowed)
 
 
 def check_sizes(make, dtype, path, weights=np.float32, edits=None):
