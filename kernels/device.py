@@ -53,6 +53,12 @@ def check_device(device):
             raise ValueError(f"CuPy finds no GPU ({why}): take --device cpu, or mend the driver")
 
 
+def gpu_name():
+    """What the GPU is called by those who made it."""
+    name = cuda().runtime.getDeviceProperties(cuda().Device().id)["name"]
+    return name.decode() if isinstance(name, bytes) else name
+
+
 def device_of(x):
     """Where the array is: "cpu" or "cuda"."""
     return "cpu" if _on_host(x) else "cuda"

@@ -629,6 +629,7 @@ def _modules():
 
     stream = Stream()
     runtime = module("cupy.cuda.runtime", getDeviceCount=device_count, CUDARuntimeError=CUDARuntimeError)
+    runtime.getDeviceProperties = lambda device: {"name": b"a processor that plays a GPU"}
     memory = module("cupy.cuda.memory", OutOfMemoryError=OutOfMemoryError)
     cuda = module("cupy.cuda", Event=Event, Device=Device, runtime=runtime, memory=memory, Stream=Stream)
     cuda.get_current_stream = lambda device_id=-1: stream

@@ -516,8 +516,10 @@ def test_a_run_that_is_resumed_elsewhere_goes_on(world, expected, tmp_path, monk
             close(rows_of(here.out), rows, rel=1e-5, abs=1e-6)
             finals[first, then] = device.to_host(model.flat)
             np.testing.assert_allclose(finals[first, then], flat, rtol=1e-5, atol=1e-6)
-            changed = json.loads((here.out / "environment.json").read_text())["resumed"][0]["changed"]
-            assert changed == ({} if first == then else {"device": [first, then]})
+            noted = json.loads((here.out / "environment.json").read_text())
+            assert noted["resumed"][0]["changed"] == ({} if first == then else {"device": [first, then]})
+            for part, where in ((noted, first), (noted["resumed"][0], then)):
+                assert part["machine"].get("gpu") == ("a processor that plays a GPU" if where == "cuda" else None)
         straight, _ = TRAINERS["reward"].train(brief(world, "reward", tmp_path / "straight", device="cuda", **told))
         assert np.array_equal(straight.flat.get(), finals["cuda", "cuda"])
         assert left(tmp_path / "straight") == left(tmp_path / "cuda-cuda")

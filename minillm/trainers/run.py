@@ -40,7 +40,7 @@ from ..checkpoint import LOCK, Checkpoints, NotFinite, delete, locked, read, sha
 from ..data.datasets import MANIFEST
 from ..extras import extra
 from ..files import check_keys, read_object
-from ..kernels.device import check_device, device_of, later
+from ..kernels.device import check_device, device_of, gpu_name, later
 from ..optim import clip_scale, gpu_clip_scale
 
 WIDTH = 110  # of a line that is printed
@@ -131,7 +131,7 @@ def claim(settings):
 def _write_down(settings, changed):
     """settings.json, and in environment.json what the run runs on and what `changed` since it began."""
     write_json(settings.out / SETTINGS, dataclasses.asdict(settings))
-    _note_environment(settings.out / ENVIRONMENT, changed)
+    _note_environment(settings.out / ENVIRONMENT, changed, settings.device)
 
 
 def _changed(settings):
@@ -174,7 +174,7 @@ def _paths(settings):
                 yield name, path
 
 
-def _note_environment(path, changed):
+def _note_environment(path, changed, device):
     """environment.json: the command, versions and machine; of a run that was resumed, the first ones and what changed
     each time."""
     now = {
@@ -182,7 +182,8 @@ def _note_environment(path, changed):
         "versions": {"minillm": __version__, "python": platform.python_version()}
         | {name: _version(name) for name in LIBRARIES},
         "git_commit": _git_commit(),
-        "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
+        "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()}
+        | ({"gpu": gpu_name()} if device == "cuda" else {}),
     }
     try:
         noted = json.loads(path.read_text(encoding="utf-8"))
