@@ -19,7 +19,7 @@ from minillm.kernels import rms_norm as rms_norm_kernels
 from minillm.kernels import rope as rope_kernels
 from minillm.kernels import swiglu as swiglu_kernels
 from minillm.kernels.blas import multiply
-from minillm.kernels.device import beside, check_ids, empty, upcast, xp_of
+from minillm.kernels.device import beside, check_ids, device_of, empty, upcast, xp_of
 
 # ------------------------------------------------------------------ embedding and linear
 
@@ -376,6 +376,9 @@ def _row_chunks(hidden, V, rows_per_chunk):
     return [slice(i, min(i + size, N)) for i in range(0, N, size)]
 
 
+ROWS = 256  # on a GPU, the number of rows of logits is a multiple of this, or all
+
+
 def _compressed(hidden, targets):
     """(rows, hidden, targets), all where hidden is, without the ignored rows, which then cost nothing. rows is None
     where none is ignored, or where the targets are on a GPU, because counting would wait for it."""
@@ -383,6 +386,8 @@ def _compressed(hidden, targets):
     if not isinstance(targets, np.ndarray) or (targets >= 0).all():
         return None, flat, beside(targets, flat)
     rows = np.flatnonzero(targets >= 0)
+    if device_of(flat) == "cuda":  # some ignored rows stay: sizes that products are fast with, and only a few of them
+        rows = np.concatenate([rows, np.flatnonzero(targets < 0)[: -len(rows) % ROWS]])
     at = beside(rows, flat)
     return at, flat[at], beside(targets[rows], flat)
 

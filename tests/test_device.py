@@ -210,6 +210,27 @@ def test_activations_have_the_precision_and_everything_else_is_float32(name, cup
     assert model.flat_grad.get().any()
 
 
+def test_what_is_ignored_costs_no_logits_and_sizes_are_few(cupy):
+    """Counts of targets differ from batch to batch, and a product of 301 rows is slower than one of 512."""
+    rng = np.random.default_rng(4)
+    hidden, weight = (rng.standard_normal(shape).astype(np.float32) for shape in ((7, 100, 8), (20, 8)))
+    for used, kept in ((1, 256), (256, 256), (301, 512), (690, 700), (700, 700), (0, 0)):
+        targets = np.full(700, -1)
+        targets[rng.permutation(700)[:used]] = rng.integers(0, 20, used)
+        rows, h, t = F._compressed(cupy.asarray(hidden), targets)
+        assert len(h) == len(t) == kept and (rows is None) == (used == 700)
+        assert np.array_equal(np.sort(t.get()[t.get() >= 0]), np.sort(targets[targets >= 0]))
+        found = {}
+        for where, array in (("cpu", np.asarray), ("cuda", cupy.asarray)):
+            x, w = (Tensor(array(a), requires_grad=True) for a in (hidden, weight))
+            ids = np.where(targets < 0, -100, targets).reshape(7, 100)
+            loss = F.linear_cross_entropy(x, w, ids) + F.linear_token_logprobs(x, w, ids).sum()
+            loss.backward()
+            found[where] = [device.to_host(a) for a in (loss.data, x.grad, w.grad)]
+        for a, b in zip(*found.values(), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_a_layers_window_is_moved_once(cupy, monkeypatch):
     moved, move = [], cupy.asarray
     monkeypatch.setattr(cupy, "asarray", lambda x, *rest, **kw: moved.append(x) or move(x, *rest, **kw))
