@@ -52,7 +52,7 @@ def _probabilities(q, k, start, scale):
     xp = xp_of(q)
     s = scale * (q.transpose(0, 2, 1, 3) @ k.transpose(0, 2, 3, 1))  # (B, H, Tq, Tk)
     s = xp.where(_visible(start, q.shape[1], k.shape[1]), s, -xp.inf)
-    m = s.max(-1, keepdims=True, initial=-xp.inf)
+    m = s.max(-1, keepdims=True) if k.shape[1] else xp.full((*s.shape[:-1], 1), -xp.inf, s.dtype)
     sees_none = m == -xp.inf
     e = xp.exp(s - xp.where(sees_none, 0, m))
     total = e.sum(-1, keepdims=True)

@@ -7,6 +7,7 @@ Everything else is written against `xp = xp_of(array)`, the array's own module: 
 import collections
 import functools
 import importlib
+import itertools
 import math
 
 import numpy as np
@@ -22,7 +23,8 @@ def _cupy():
     try:
         return importlib.import_module("cupy")
     except ImportError as error:
-        raise ImportError("a GPU array needs CuPy: pip install 'minillm-train[cuda13]' (or [cuda12])") from error
+        told = "a GPU array needs CuPy: pip install 'minillm-train[cuda13]' (or [cuda12])"
+        raise ModuleNotFoundError(told, name="cupy") from error
 
 
 def cuda():
@@ -30,11 +32,52 @@ def cuda():
     return _cupy().cuda
 
 
-def to_device(x, device):
-    """`x` as an array on `device`, "cpu" or "cuda". No copy where it is there already."""
+def _on_host(x):
+    return isinstance(x, np.ndarray | np.generic | int | float)
+
+
+# ------------------------------------------------------------------ where an array is
+
+
+def check_device(device):
+    """ValueError unless there is such a device, "cpu" or "cuda". ModuleNotFoundError: no CuPy. Nothing ever falls back
+    to the CPU: a run that should take minutes must not take days without a word."""
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', not {device!r}")
+    if device == "cuda":
+        try:
+            found, why = cuda().runtime.getDeviceCount(), "there is none"
+        except cuda().runtime.CUDARuntimeError as error:
+            found, why = 0, error
+        if not found:
+            raise ValueError(f"CuPy finds no GPU ({why}): take --device cpu, or mend the driver")
+
+
+def gpu_name():
+    """What the GPU is called by those who made it."""
+    name = cuda().runtime.getDeviceProperties(cuda().Device().id)["name"]
+    return name.decode() if isinstance(name, bytes) else name
+
+
+def device_of(x):
+    """Where the array is: "cpu" or "cuda"."""
+    return "cpu" if _on_host(x) else "cuda"
+
+
+def to_device(x, device):
+    """`x` as an array on `device`, "cpu" or "cuda". No copy where it is there already."""
+    check_device(device)
     return to_host(x) if device == "cpu" else _cupy().asarray(x)
+
+
+def beside(x, like):
+    """`x` as an array where `like` is: itself, or a copy on the GPU. So an op moves ids, masks and the like, which are
+    made on the host. TypeError: the other way, which would wait for the GPU."""
+    if _on_host(like):
+        if not _on_host(x):
+            raise TypeError("an array on the GPU beside one on the host: bring it there with to_host")
+        return x
+    return _cupy().asarray(x) if _on_host(x) else x
 
 
 def to_host(x):
@@ -53,8 +96,52 @@ def synchronize(x):
         raise_flags()
 
 
-def _on_host(x):
-    return isinstance(x, np.ndarray | np.generic)
+# ------------------------------------------------------------------ numbers, without waiting for them
+
+
+def number(x):
+    """The one number in `x`, to add up with others: a float, or on the GPU an array () of float64, which nobody has
+    waited for."""
+    return float(x) if _on_host(x) else x.astype(np.float64)
+
+
+class Later:
+    """An array on its way to the host: `get()` waits for it, but not for what the GPU was told to do since."""
+
+    def __init__(self, x):
+        if _on_host(x):
+            self._array, self._event, self.order = x, None, -1
+        else:
+            self.order = next(_clock)
+            self._array = importlib.import_module("cupyx").empty_pinned(x.shape, x.dtype)
+            x.get(out=self._array, blocking=False)
+            self._event = cuda().Event(disable_timing=True)
+            self._event.record()
+
+    def wait(self):
+        """The array, a NumPy one."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._array
+
+    def get(self):
+        """The same, or the error of a `check_ids` before it."""
+        self.wait()
+        raise_flags(self)
+        return self._array
+
+
+_clock = itertools.count()
+
+
+def later(numbers):
+    """{name: number} of Python numbers and of arrays () on the GPU, as function() -> {name: float}, which waits for
+    these numbers alone."""
+    waiting = {name: x for name, x in numbers.items() if not _on_host(x)}
+    if not waiting:
+        return lambda: numbers
+    found = Later(_cupy().stack([number(x) for x in waiting.values()]))
+    return lambda: numbers | dict(zip(waiting, found.get().tolist(), strict=True))
 
 
 # ------------------------------------------------------------------ ids
@@ -76,16 +163,18 @@ def check_ids(name, ids, n):
     else:
         if len(_flags) >= 256:  # nothing has been read for a long time
             raise_flags()
-        _flags.append((name, ids, n, ((ids < 0) | (ids >= n)).any()))
+        _flags.append((name, ids, n, Later(((ids < 0) | (ids >= n)).any())))
 
 
-def raise_flags():
-    """Raise the error of the first failed `check_ids` on a GPU, if there is one."""
-    while _flags:
+def raise_flags(until=None):
+    """Raise the error of the first failed `check_ids` on a GPU, if there is one; with `until`, a Later, only of those
+    that were told before it, and are known when it is."""
+    count = len(_flags) if until is None else sum(flag.order < until.order for *_, flag in _flags)
+    for _ in range(count):
         name, ids, n, flag = _flags.popleft()
-        if flag:
+        if flag.wait():
             _flags.clear()
-            raise _outside(name, np.asarray(ids.get() if hasattr(ids, "get") else ids), n)
+            raise _outside(name, _cupy().asnumpy(ids), n)
 
 
 def _outside(name, ids, n):

@@ -30,7 +30,7 @@ import itertools
 
 import numpy as np
 
-from minillm.kernels.device import check_ids, xp_of
+from minillm.kernels.device import beside, check_ids, upcast, xp_of
 
 _clock = itertools.count()  # a node is born after its parents, so birth order is a topological order
 
@@ -271,9 +271,12 @@ def op(function):
 
 def _as_tensors(inputs):
     """Arrays become Tensors, Python numbers take the dtype of the first Tensor or array, None stays (no such input)."""
-    dtype = next((x.dtype for x in inputs if hasattr(x, "dtype")), None)
+    first = next((x for x in inputs if hasattr(x, "dtype")), None)
+    dtype, xp = getattr(first, "dtype", None), np
+    if first is not None:
+        xp = xp_of(first.data if isinstance(first, Tensor) else first)
     return [
-        x if x is None or isinstance(x, Tensor) else Tensor(x if hasattr(x, "dtype") else np.asarray(x, dtype))
+        x if x is None or isinstance(x, Tensor) else Tensor(x if hasattr(x, "dtype") else xp.asarray(x, dtype))
         for x in inputs
     ]
 
@@ -373,9 +376,10 @@ def _arrays_in(thing, seen=None):
 
 def unbroadcast(g, shape):
     """The adjoint of broadcasting is summing: reduce g back to `shape`."""
+    if g.ndim > len(shape):
+        g = g.sum(tuple(range(g.ndim - len(shape))))
     if g.shape == shape:
         return g
-    g = g.sum(tuple(range(g.ndim - len(shape))))
     return g.sum(tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1), keepdims=True)
 
 
@@ -582,6 +586,7 @@ def where(x, y, *, condition):
     Example: where(randn(A, 1, B), randn(C, B), condition=coin(A, C, B))
     """
     xp, xs, ys = xp_of(x), x.shape, y.shape
+    condition = beside(condition, x)
     z = xp.where(condition, x, y)
     return z, (
         lambda g: unbroadcast(xp.where(condition, g, g.dtype.type(0)), xs),
@@ -741,10 +746,11 @@ def getitem(x, *, index):
     Example: getitem(randn(P, Q, B), index=(ids(P, N), slice(None, None, -1)))
     """
     shape, parts = x.shape, index if isinstance(index, tuple) else (index,)
+    index = tuple(beside(i, x) if isinstance(i, np.ndarray) else i for i in parts)
     repeats = any(isinstance(i, list) or getattr(i, "dtype", np.dtype(bool)) != np.dtype(bool) for i in parts)
 
     def back(g):
-        xp = xp_of(g)
+        xp, g = xp_of(g), upcast(g)  # CuPy adds no bfloat16 here
         dx = xp.zeros(shape, g.dtype)
         if repeats:
             xp.add.at(dx, index, g)  # `dx[index] += g` would keep only the last of several picks
@@ -766,8 +772,10 @@ def gather(x, *, ids, axis=-1):
     xp, shape = xp_of(x), x.shape
     axis = axis % x.ndim
     check_ids("gather", ids, shape[axis])
+    ids = beside(ids, x)
 
     def back(g):
+        g = upcast(g)
         dx = xp.zeros(shape, g.dtype)
         # ids' own position on every axis but the one it indexes
         at = list(xp.meshgrid(*(xp.arange(n) for n in ids.shape), indexing="ij", sparse=True))

@@ -19,7 +19,7 @@ from minillm.kernels import rms_norm as rms_norm_kernels
 from minillm.kernels import rope as rope_kernels
 from minillm.kernels import swiglu as swiglu_kernels
 from minillm.kernels.blas import multiply
-from minillm.kernels.device import check_ids, empty, upcast, xp_of
+from minillm.kernels.device import beside, check_ids, device_of, empty, upcast, xp_of
 
 # ------------------------------------------------------------------ embedding and linear
 
@@ -33,7 +33,7 @@ def embedding(ids, weight):
     Example: embedding(ids(V, B, T), randn(V, D))
     """
     check_ids("embedding", ids, weight.shape[0])
-    flat, (V, D) = ids.reshape(-1), weight.shape
+    flat, (V, D) = beside(ids.reshape(-1), weight), weight.shape
     y = embedding_kernels.forward(weight, flat).reshape(*ids.shape, D)
     return y, (None, lambda g: embedding_kernels.backward(g.reshape(-1, D), flat, V))
 
@@ -254,13 +254,14 @@ def attention(q, k, v, *, start=None, scale=None):
         raise ValueError(f"attention: q {q.shape} does not go with k {k.shape} and v {v.shape}")
     if Tq > Tk:
         raise ValueError(f"attention: {Tq} queries but only {Tk} keys; the last query stands at the last key")
-    start = _checked_start(start, B, Tq, q)
+    start = checked_start(start, B, Tq, q)
     scale = 1 / math.sqrt(D) if scale is None else scale
     o, lse = attention_kernels.forward(q, k, v, start, scale)
     return o, lambda g: attention_kernels.backward(g, q, k, v, o, lse, start, scale)
 
 
-def _checked_start(start, B, Tq, like):
+def checked_start(start, B, Tq, like):
+    """attention's `start`, (B, Tq) int32 where `like` is; one that came from there already is not looked at."""
     xp = xp_of(like)
     if start is None:
         return xp.zeros((B, Tq), np.int32)
@@ -271,7 +272,7 @@ def _checked_start(start, B, Tq, like):
         if start.min() < 0 or len(falls):
             row = falls[0][0] if len(falls) else np.argmax(start.min(1) < 0)
             raise ValueError(f"attention: start must be >= 0 and never decrease, and row {row} is {start[row]}")
-    return xp.ascontiguousarray(start, dtype=np.int32)
+    return xp.ascontiguousarray(beside(start, like), dtype=np.int32)
 
 
 # ------------------------------------------------------------------ cross-entropy and log-probabilities
@@ -325,8 +326,9 @@ def cross_entropy(logits, targets, *, weights=None, ignore_index=-100, label_smo
     shape, V = logits.shape, logits.shape[-1]
     rows = logits.reshape(math.prod(shape[:-1]), V)
     flat = _checked_targets("cross_entropy", shape[:-1], targets, V, ignore_index, weights)
+    w = beside(_mean_weights(flat, weights, upcast(rows[:0]).dtype), rows)
+    flat = beside(flat, rows)
     loss, m, log_total, a, c, d = _loss_rows(rows, flat, label_smoothing, z_loss)
-    w = _mean_weights(flat, weights, loss.dtype)
 
     def back(g):
         wg = w * g
@@ -347,7 +349,7 @@ def token_logprobs(logits, targets, *, temperature=1.0, entropy=False, ignore_in
     """
     shape, lead = logits.shape, targets.shape
     rows = logits.reshape(math.prod(shape[:-1]), shape[-1])
-    flat = _checked_targets("token_logprobs", shape[:-1], targets, shape[-1], ignore_index)
+    flat = beside(_checked_targets("token_logprobs", shape[:-1], targets, shape[-1], ignore_index), rows)
     m, log_total, x_target, _, x_mean = cross_entropy_kernels.forward(rows, flat, 1 / temperature)
     H = log_total - x_mean
 
@@ -374,20 +376,27 @@ def _row_chunks(hidden, V, rows_per_chunk):
     return [slice(i, min(i + size, N)) for i in range(0, N, size)]
 
 
+ROWS = 256  # on a GPU, the number of rows of logits is a multiple of this, or all
+
+
 def _compressed(hidden, targets):
-    """(rows, hidden, targets) without the ignored rows, which then cost nothing; rows is None where none is ignored."""
+    """(rows, hidden, targets), all where hidden is, without the ignored rows, which then cost nothing. rows is None
+    where none is ignored, or where the targets are on a GPU, because counting would wait for it."""
     flat = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
-    if not isinstance(targets, np.ndarray) or (targets >= 0).all():  # on a GPU the count would stall
-        return None, flat, targets
+    if not isinstance(targets, np.ndarray) or (targets >= 0).all():
+        return None, flat, beside(targets, flat)
     rows = np.flatnonzero(targets >= 0)
-    return rows, flat[rows], targets[rows]
+    if device_of(flat) == "cuda":  # some ignored rows stay: sizes that products are fast with, and only a few of them
+        rows = np.concatenate([rows, np.flatnonzero(targets < 0)[: -len(rows) % ROWS]])
+    at = beside(rows, flat)
+    return at, flat[at], beside(targets[rows], flat)
 
 
 def _spread(d, rows, shape):
     """Undo `_compressed` for a gradient: zeros where a row was ignored."""
     if rows is None:
         return d.reshape(shape)
-    whole = np.zeros((math.prod(shape[:-1]), shape[-1]), d.dtype)
+    whole = xp_of(d).zeros((math.prod(shape[:-1]), shape[-1]), d.dtype)
     whole[rows] = d
     return whole.reshape(shape)
 
@@ -433,7 +442,7 @@ def linear_cross_entropy(
     xp, V = xp_of(hidden), weight.shape[0]
     flat_targets = _checked_targets("linear_cross_entropy", hidden.shape[:-1], targets, V, ignore_index, weights)
     rows, h, t = _compressed(hidden, flat_targets)
-    w = _mean_weights(flat_targets, weights, upcast(hidden[:0]).dtype)
+    w = beside(_mean_weights(flat_targets, weights, upcast(hidden[:0]).dtype), h)
     w = w if rows is None else w[rows]
     cast_weight = weight.astype(h.dtype, copy=False)
     gradient = _HeadGradient(h, cast_weight, needs)

@@ -36,7 +36,7 @@ from .chat import segments, stop_ids
 from .extras import extra
 from .generate import generate
 from .hub import load_pretrained
-from .kernels.device import to_host
+from .kernels.device import check_device, to_host, upcast
 from .trainers.common import load_tokenizer, padding_of, side_by_side, template_of
 
 try:
@@ -164,12 +164,12 @@ def _score(model, sequences, counts, pad_id):
     targets = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
     expected, logp, right = tokens[rows, targets], [], []
     with no_grad():
-        hidden = model.hidden(tokens[:, :-1], start[:, :-1]).data[rows, targets - 1]
+        hidden = model.hidden(tokens[:, :-1], start[:, :-1])[rows, targets - 1].data
         for first in range(0, len(rows), LOGITS):
             some = expected[first : first + LOGITS]
             logits = F.linear(hidden[first : first + LOGITS], model.head.data).data
             logp.append(to_host(F.token_logprobs(logits, some).data).astype(np.float64))
-            right.append(to_host(logits).argmax(-1) == some)
+            right.append(to_host(upcast(logits).argmax(-1)) == some)
     borders = np.cumsum(counts)[:-1]
     parts = zip(np.split(np.concatenate(logp), borders), np.split(np.concatenate(right), borders), strict=True)
     return [Score(float(p.sum()), bool(r.all())) for p, r in parts]
@@ -268,8 +268,12 @@ class MinillmLM(LM):
     add_bos_token   True puts the begin token before a context, as the documents of pretraining have it
     seed            of sampled texts; one for each request is derived from it
 
-    ValueError: a folder that is no language model, an argument that there is not, one out of range. `device` and
-    `max_batch_size`, which the harness always gives, are taken: the device is the processor, the second bounds "auto".
+    device          cuda: the GPU, by CuPy. Anything else is the processor, cuda:0, too, which is what the harness
+                    gives where nobody has said anything
+    max_batch_size  bounds "auto"; the harness always gives it
+
+    ValueError: a folder that is no language model, an argument that there is not, one out of range. Errors of the
+    device as in kernels.device.check_device.
     """
 
     def __init__(
@@ -288,7 +292,7 @@ class MinillmLM(LM):
         extra("lm_eval", "eval")
         super().__init__()
         if unknown:
-            known = "path, batch_size, max_length, dtype, template, add_bos_token, seed"
+            known = "path, batch_size, max_length, dtype, device, template, add_bos_token, seed"
             raise ValueError(f"model_args has an unknown {next(iter(unknown))!r}: there are {known}")
         if path is None:
             raise ValueError("model_args needs path=FOLDER, the folder of a language model")
@@ -296,10 +300,12 @@ class MinillmLM(LM):
             raise ValueError(f"model_args: dtype has to be float32 or float64, and is {dtype}")
         if not isinstance(add_bos_token, bool):
             raise ValueError(f"model_args: add_bos_token has to be True or False, and is {add_bos_token}")
+        device = "cuda" if device == "cuda" else "cpu"
+        check_device(device)
         self.path = Path(str(path))
         self.tokenizer = load_tokenizer(self.path)
         self.template = template_of(self.path, str(template))
-        self.model = load_pretrained(self.path, np.dtype(dtype))
+        self.model = load_pretrained(self.path, np.dtype(dtype)).to(device)
         if self.model.config.head != "lm":
             raise ValueError(f"{self.path} is a reward model, and a language model is needed")
         context = self.model.config.max_position_embeddings

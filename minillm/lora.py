@@ -30,7 +30,7 @@ import numpy as np
 from .autograd import Tensor, op
 from .checkpoint import save_arrays
 from .files import DTYPES, read_header, read_object
-from .kernels.device import to_host, xp_of
+from .kernels.device import beside, to_host, xp_of
 from .model import build
 
 PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"  # what PEFT puts around a module's name
@@ -69,7 +69,8 @@ _PAIRS = np.stack([np.repeat(CODE_BOOK, 16), np.tile(CODE_BOOK, 16)], 1).view(np
 
 
 class NF4(NamedTuple):
-    """A matrix in 4.127 bits per weight, frozen. w = c CODE_BOOK[code], and the scale c = offset + step scale."""
+    """A matrix in 4.127 bits per weight, frozen. w = c CODE_BOOK[code], and the scale c = offset + step scale. The
+    arrays are where the model is."""
 
     codes: np.ndarray  # uint8, two weights a byte
     scales: np.ndarray  # uint8, one per block of 64 weights
@@ -98,6 +99,7 @@ def quantised(matrix):
     rest rounded to 255 equal steps: a scale stays within [smallest, largest], so it never changes its sign, and of
     normal weights it is off by 0.12 % (root mean square), where E4M3 floats about the mean would be by 0.43 %.
     """
+    like, matrix = matrix, to_host(matrix)
     if not np.isfinite(matrix).all():
         raise ValueError(f"a matrix {matrix.shape} with numbers that are not finite can not be quantised")
     blocks = -(-matrix.size // BLOCK)
@@ -112,7 +114,8 @@ def quantised(matrix):
     above[:blocks] = c - offset
     steps = above.reshape(-1, GROUP).max(1) / np.float32(255)
     scales = np.rint(above / np.where(steps > 0, steps, 1).repeat(GROUP))[:blocks].astype(np.uint8)
-    return NF4(codes[::2] << 4 | codes[1::2], scales, steps, np.array([offset]), matrix.shape)
+    arrays = codes[::2] << 4 | codes[1::2], scales, steps, np.array([offset])
+    return NF4(*(beside(array, like) for array in arrays), matrix.shape)
 
 
 # ------------------------------------------------------------------ the op
@@ -248,7 +251,7 @@ def adapt(model, *, rank=8, alpha=16.0, targets=ALL_LINEAR, rslora=False, quanti
     for name, p in adapted.parameters.items():
         if name.endswith(_A):
             bound = 1 / math.sqrt(p.shape[1])
-            p.data[...] = rng.uniform(-bound, bound, p.shape)
+            p.data[...] = beside(rng.uniform(-bound, bound, p.shape), p.data)
     if HEAD in model.used:
         adapted.parameters[PREFIX + HEAD].data[...] = model.used[HEAD].data
     return adapted
@@ -349,7 +352,7 @@ def _plain(model, sign):
     adapter = model.adapter
     if adapter is None:
         raise ValueError("the model has no adapter")
-    plain = build(model.config, None, model.flat.dtype)
+    plain = build(model.config, None, model.flat.dtype).to(model.device, model.activations)
     for name, tensor in adapter.frozen.items():
         plain.used[name].data[...] = tensor.data
     for name, matrix in adapter.quantised.items():

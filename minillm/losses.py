@@ -230,7 +230,7 @@ def ranking_loss(scores, mask=None, kind="pairs", count=None, ranks=None):
         rest = ag.logsumexp(ag.where(-d, -math.inf, condition=pair))
         drawn = pair.any(-1)
         if kind == "best_of_k":
-            best = xp.where(valid, ranks, ranks.max(initial=0)).min(-1, keepdims=True)
+            best = xp.where(valid, ranks, ranks.max() if ranks.size else 0).min(-1, keepdims=True)
             drawn = drawn & (ranks == best)
         losses = ag.where(-ag.log_sigmoid(-rest), 0.0, condition=drawn).sum(-1)
     return _mean("ranking_loss", losses, count, pair.any((-2, -1)))

@@ -7,6 +7,8 @@ Two decoder-only transformers: Llama (with what Mistral, Qwen2 and Qwen3 add to 
 Losses take `hidden` and `model.head` (kernels that never make the logits), so no loss is in here. `start` is
 attention's: (B, T) int32, the first position each token may see, for packed documents and left padding.
 
+Tokens and `start` are arrays on the host, wherever the model is: they are checked there, and moved once.
+
 Parameters live in a flat dict under their Hugging Face names and shapes. Underneath they are views into one flat array,
 and their gradients into another, so that an optimizer, clipping and zeroing are one pass; and because q, k, v lie side
 by side there, and gate, up too, their fused weights, which the computation uses, are views as well.
@@ -19,8 +21,8 @@ import math
 import numpy as np
 
 from minillm import functional as F
-from minillm.autograd import Tensor, add, checkpoint, split, transpose
-from minillm.kernels.device import empty
+from minillm.autograd import Tensor, add, cast, checkpoint, split, transpose
+from minillm.kernels.device import beside, device_of, empty, to_device, upcast, xp_of
 
 # ------------------------------------------------------------------ config
 
@@ -108,9 +110,9 @@ def _is_int(value):
 class Cache:
     """Keys and values of the tokens so far, per layer: two (B, capacity, Hk, D) arrays. `length` tokens are in."""
 
-    def __init__(self, config, rows, capacity, like):
+    def __init__(self, config, rows, capacity, like, dtype):
         shape = (config.num_hidden_layers, rows, capacity, config.num_key_value_heads, config.head_dim)
-        self.keys, self.values = empty(like, shape), empty(like, shape)
+        self.keys, self.values = empty(like, shape, dtype), empty(like, shape, dtype)
         self.length, self.capacity = 0, capacity
 
     def extend(self, layer, k, v):
@@ -123,6 +125,7 @@ class Cache:
 
     def keep(self, rows):
         """Drop all rows but these (an index array)."""
+        rows = beside(rows, self.keys)
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
 
@@ -136,6 +139,7 @@ class Model:
     flat        every parameter, one after another, in the order of `parameters`
     flat_grad   the gradients, likewise; zero it after each optimizer step: model.flat_grad[...] = 0
     used        {name: Tensor}: what the computation uses, some of it fused
+    activations the dtype of what flows between the parameters, from the embedding on
     adapter     None, or the low-rank adapter that `parameters` are (lora.py)
     """
 
@@ -143,8 +147,8 @@ class Model:
 
     def __init__(self, config, seed=0, dtype=np.float32):
         """Fresh weights from the seed; seed None leaves zeros, for weights that come from elsewhere."""
-        self.config, self.adapter, self._instead = config, None, {}
-        self._place(self.shapes(config), dtype)
+        self.config, self.adapter, self._instead, self.activations = config, None, {}, np.dtype(dtype)
+        self._place(self.shapes(config), dtype, np)
         self._use = Model._fused
         self.used = self._use(self)
         self._list_blocks()
@@ -153,10 +157,10 @@ class Model:
             for name, p in self.parameters.items():
                 self._initialise(name, p.data, rng)
 
-    def _place(self, shapes, dtype):
+    def _place(self, shapes, dtype, xp):
         """Allocate flat memory for {name: shape}, and make the Tensors that are views into it."""
         size = sum(math.prod(shape) for shape in shapes.values())
-        self.flat, self.flat_grad = np.zeros(size, dtype), np.zeros(size, dtype)
+        self.flat, self.flat_grad = xp.zeros(size, dtype), xp.zeros(size, dtype)
         self._offsets, offset = {}, 0
         for name, shape in shapes.items():
             self._offsets[name] = offset, shape
@@ -191,7 +195,7 @@ class Model:
                  with the block's part of `used`
         """
         new = copy.copy(self)
-        new._place(shapes, self.flat.dtype)
+        new._place(shapes, self.flat.dtype, xp_of(self.flat))
         new._use, new.used, new._instead = use, use(new), instead
         new._list_blocks()
         return new
@@ -199,8 +203,30 @@ class Model:
     def twin(self):
         """This model with a gradient memory of its own, all 0, so that two threads can run backward at once. The
         weights are not copied: what changes here changes there."""
+        return self._with(self.flat)
+
+    def to(self, device, activations=None):
+        """This model on the "cpu" or the "cuda" device, with activations of another dtype if one is given: itself where
+        nothing changes, otherwise a model whose memory is its own if it was moved, and whose gradients are 0. A model
+        is moved before it gets an adapter; ValueError: this one has one."""
+        activations = self.activations if activations is None else np.dtype(activations)
+        if device == self.device and activations == self.activations:
+            return self
+        if self.adapter is not None:
+            raise ValueError("a model is moved before it gets an adapter")
+        new = self._with(to_device(self.flat, device))
+        new.activations = activations
+        return new
+
+    @property
+    def device(self):
+        """Where the model is, "cpu" or "cuda"."""
+        return device_of(self.flat)
+
+    def _with(self, flat):
+        """This model with these parameters, in the order of `flat`, and gradients that are 0."""
         new = copy.copy(self)
-        new.flat_grad = np.zeros_like(self.flat_grad)
+        new.flat, new.flat_grad = flat, xp_of(flat).zeros_like(flat)
         new.parameters = {name: new.view(name) for name in self.parameters}
         new.used = self._use(new)
         return new
@@ -239,7 +265,7 @@ class Model:
         shapes = {name: tuple(array.shape) for name, array in arrays.items()}
         check_shapes({name: p.shape for name, p in self.parameters.items()}, shapes)
         for name, p in self.parameters.items():
-            p.data[...] = arrays[name]
+            p.data[...] = beside(arrays[name], p.data)
 
     @property
     def head(self):
@@ -252,11 +278,12 @@ class Model:
     def hidden(self, tokens, start=None, cache=None):
         """The last layer's output for each token after the norm, (B, T, D), as a Tensor.
 
-        tokens (B, T) int; start (B, T) int32 or None; cache: a Cache that holds the tokens before these and takes these
+        tokens  (B, T) int, and start (B, T) int32 or None, on the host
+        cache   a Cache that holds the tokens before these and takes these
         ValueError where a token would stand further from its row's (or document's) start than the context is long.
         """
         before = 0 if cache is None else cache.length
-        B, T = tokens.shape
+        (B, T), layers = tokens.shape, range(self.config.num_hidden_layers)
         if start is None:
             start = np.zeros((B, T), np.int32)
         context = self.config.max_position_embeddings
@@ -264,17 +291,23 @@ class Model:
         if longest > context:
             raise ValueError(f"{longest} tokens are more than the model's context of {context}")
         x = self._embed(tokens, start, before)
-        for layer in range(self.config.num_hidden_layers):
-            x = self._run_block(layer, x, start, before, cache)
+        if x.dtype != self.activations:
+            x = cast(x, dtype=self.activations)
+        seen = {window: self._seen(start, before, window) for window in map(self.config.window_of, layers)}
+        for layer in layers:
+            x = self._run_block(layer, x, seen[self.config.window_of(layer)], before, cache)
         if cache is not None:
             cache.length += T
         return self._final_norm(x)
 
-    def _run_block(self, layer, x, start, before, cache):
-        window = self.config.window_of(layer)
+    def _seen(self, start, before, window):
+        """`start` within a layer's window, where the model is."""
+        B, T = start.shape
         if window is not None:
-            first = np.arange(before, before + x.shape[1], dtype=np.int32) - (window - 1)
-            start = np.maximum(start, first)
+            start = np.maximum(start, np.arange(before, before + T, dtype=np.int32) - (window - 1))
+        return F.checked_start(start, B, T, self.flat)
+
+    def _run_block(self, layer, x, start, before, cache):
         names, prefix = self._block_names[layer], self.block_prefix.format(layer)
 
         def block(x, *weights):
@@ -299,7 +332,7 @@ class Model:
 
     def new_cache(self, rows, capacity):
         """An empty Cache for `rows` sequences of up to `capacity` tokens."""
-        return Cache(self.config, rows, capacity, self.flat)
+        return Cache(self.config, rows, capacity, self.flat, self.activations)
 
 
 def check_shapes(expected, found):
@@ -354,9 +387,9 @@ class Llama(Model):
 
     def _grow_table(self, length):
         """cos and sin for positions below `length`. Padding on the left can shift a row beyond the context it fills."""
-        c, dtype = self.config, self.flat.dtype
+        c, dtype = self.config, upcast(self.flat[:0]).dtype
         table = F.rope_table(length, c.head_dim, theta=c.rope_theta, scaling=c.rope_scaling, dtype=dtype)
-        self.cos, self.sin = table
+        self.cos, self.sin = (beside(angles, self.flat) for angles in table)
 
     @staticmethod
     def shapes(config):
@@ -392,8 +425,8 @@ class Llama(Model):
         return found
 
     def _embed(self, tokens, start, before):
-        if before + tokens.shape[1] > len(self.cos):
-            self._grow_table(2 * (before + tokens.shape[1]))
+        if before + tokens.shape[1] > len(self.cos) or device_of(self.cos) != self.device:
+            self._grow_table(max(len(self.cos), 2 * (before + tokens.shape[1])))
         return F.embedding(tokens, self.used[self.embedding_name])
 
     def _final_norm(self, x):

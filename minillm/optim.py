@@ -8,8 +8,10 @@ passes over long runs of memory, whatever the number of parameters.
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from .kernels import adamw
-from .kernels.device import to_host, xp_of
+from .kernels.device import device_of, number, xp_of
 
 
 class Run(NamedTuple):
@@ -32,6 +34,9 @@ class AdamW:
     decays        function(name, Tensor) -> whether weight_decay applies to it
     steps         how many updates have been made
     m, v          the moments, flat (n,) in the parameters' dtype, in the order of `parameters`
+
+    On a GPU nothing here waits for it: the gradient's norm is an array there, what is done with it is decided there,
+    and so is whether an update is left out.
     """
 
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, decays=is_matrix):
@@ -43,12 +48,15 @@ class AdamW:
             if p.grad is None:
                 p.grad = xp_of(p.data).zeros_like(p.data)
         self.runs = _runs(trained, decays)
+        self.gradients = [run.grad for run in _runs(trained, lambda *_: True)]  # in as few pieces as there are
         first = self.runs[0].data
         size, xp = sum(run.data.size for run in self.runs), xp_of(first)
         self.m, self.v, self.steps = xp.zeros(size, first.dtype), xp.zeros(size, first.dtype), 0
 
     def step(self, lr=None, scale=1.0):
-        """One update. lr: this step's learning rate (the constructor's); scale: multiplies every gradient first."""
+        """One update. lr: this step's learning rate (the constructor's); scale: multiplies every gradient first. It may
+        be an array () on the GPU (`gpu_clip_scale`), and where it is NaN nothing is changed; `steps` counts such an
+        update, too, until whoever reads of it takes it back."""
         self.steps += 1
         offset = 0
         for data, grad, decays in self.runs:
@@ -70,8 +78,8 @@ class AdamW:
 
     def zero_grad(self):
         """Set every gradient to zero, in place."""
-        for run in self.runs:
-            run.grad[...] = 0
+        for gradient in self.gradients:
+            gradient[...] = 0
 
     def state_dict(self):
         """What a checkpoint keeps: {"steps", "m", "v"}; the rest is configuration."""
@@ -87,8 +95,9 @@ class AdamW:
         self.steps = int(state["steps"])
 
     def grad_norm(self):
-        """The L2 norm of all gradients together, as a float: that of one long vector."""
-        return global_norm(run.grad for run in self.runs)
+        """The L2 norm of all gradients together, that of one long vector: a float, or on a GPU an array ()."""
+        on_host = device_of(self.m) == "cpu"
+        return global_norm([run.grad for run in self.runs] if on_host else self.gradients)
 
 
 def _runs(parameters, decays):
@@ -122,14 +131,17 @@ def _address(array):
 
 
 def global_norm(gradients):
-    """sqrt(sum of squares over all arrays), as a float. Rows of 512 are summed in the arrays' dtype, and the row sums
-    in float64: the same bits for any number of threads, which a BLAS dot product does not promise."""
-    total = 0.0
+    """sqrt(sum of squares over all arrays): a float, or on a GPU an array () of float64. On the host, rows of 512 are
+    summed in the arrays' dtype, and the row sums in float64: the same bits for any number of threads, which a BLAS dot
+    product does not promise."""
+    total, gradients = 0.0, list(gradients)
+    if gradients and device_of(gradients[0]) == "cuda":
+        return xp_of(gradients[0]).sqrt(sum(number(adamw.sum_of_squares(g).reshape(())) for g in gradients))
     for g in gradients:
         g = g.reshape(-1)
         whole = g.size // 512 * 512
         for rows in (g[:whole].reshape(-1, 512), g[whole:].reshape(1, -1)):
-            total += float(to_host(xp_of(g).einsum("ij,ij->i", rows, rows).sum(dtype="float64")))
+            total += float(np.einsum("ij,ij->i", rows, rows).sum(dtype="float64"))
     return math.sqrt(total)
 
 
@@ -139,14 +151,25 @@ def clip_scale(norm, max_norm):
     return max_norm / norm if max_norm is not None and max_norm < norm < math.inf else 1.0
 
 
+def gpu_clip_scale(norm, max_norm, loss=0.0):
+    """clip_scale for AdamW.step of a norm, an array () on a GPU, that nobody waits for: an array () too, and NaN where
+    the norm or the loss (another such array, or a float) is not finite: such an update is left out."""
+    xp = xp_of(norm)
+    return xp.where(xp.isfinite(norm + loss), xp.minimum(max_norm / norm, 1.0), math.nan)
+
+
 def clip_grad_norm(parameters, max_norm):
-    """Scale the gradients of {name: Tensor} in place so that their global norm is at most max_norm; the norm before."""
+    """Scale the gradients of {name: Tensor} in place so that their global norm is at most max_norm; the norm before, a
+    float, or on a GPU an array ()."""
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
     norm = global_norm(gradients)
-    scale = clip_scale(norm, max_norm)
-    if scale != 1:
-        for g in gradients:
-            g *= scale
+    if device_of(norm) == "cuda":
+        xp, scale = xp_of(norm), gpu_clip_scale(norm, max_norm)
+        scale = xp.where(xp.isnan(scale), 1.0, scale)
+    elif (scale := clip_scale(norm, max_norm)) == 1:
+        return norm
+    for g in gradients:
+        g *= scale
     return norm
 
 

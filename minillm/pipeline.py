@@ -39,6 +39,7 @@ from .data.conversations import (
 from .data.prepare import Prepare, prepare, table
 from .data.readers import Bad
 from .extras import extra
+from .kernels.device import check_device
 from .report import (
     Details,
     Facts,
@@ -78,6 +79,7 @@ from .trainers.evaluation import (
 
 STAGES = ("data", "tokenizer", "pretrain", "sft", "reward", "ppo", "dpo", "report")
 NOTES = "pipeline.json"
+FREE = ("out", "from_", "resume", "device", "precision")  # settings that may be others when a run goes on
 MODELS = {"base": "pretrain", "sft": "sft", "ppo": "ppo", "dpo": "dpo"}  # what can be asked, and the stage that made it
 
 # What each stage is told, where it differs from the stage's own defaults. tiny and default come from measurements (see
@@ -157,6 +159,10 @@ class PipelineConfig:
     """of model and data: tiny is to try it, default takes about 12 minutes on two cores, medium wants a GPU"""
     seed: int = 0
     """the random numbers of everything"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: the GPU, by CuPy. What was begun on one device can go on on the other"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of the trainers' activations and products; bfloat16 is for GPUs"""
     resume: bool = True
     """go on in the middle of a stage, behind its newest checkpoint; False: begin that stage again"""
     from_: Literal["data", "tokenizer", "pretrain", "sft", "reward", "ppo", "dpo", "report"] | None = None
@@ -198,9 +204,11 @@ class PipelineConfig:
     def recipe(self):
         """{stage: what its config is told}."""
         recipe = SIZES[self.size]
-        if not self.own_data:
-            return recipe
-        return {stage: told | OWN.get(stage, {}) for stage, told in recipe.items()}
+        if self.own_data:
+            recipe = {stage: told | OWN.get(stage, {}) for stage, told in recipe.items()}
+        if self.device == "cuda":  # workers are for the processor's cores
+            recipe = {stage: {k: v for k, v in told.items() if k not in SHARED} for stage, told in recipe.items()}
+        return recipe
 
 
 # ------------------------------------------------------------------ stages
@@ -226,12 +234,18 @@ class Stage:
     @property
     def shared(self):
         """The settings that all trainers get."""
-        return {"out": self.folder, "seed": self.config.seed, "save_minutes": 1.0, "resume": self.begun} | self.told
+        config = self.config
+        where = {"out": self.folder, "device": config.device, "precision": config.precision}
+        return where | {"seed": config.seed, "save_minutes": 1.0, "resume": self.begun} | self.told
 
     @property
     def chat(self):
         """And those of all trainers on conversations."""
         return self.shared | {"skip_bad": self.config.skip_bad}
+
+    def load(self, stage, head="lm"):
+        """The model that a stage has made."""
+        return load_with_head(self.at(stage), head, device=self.config.device)
 
     @property
     def questions(self):
@@ -318,7 +332,7 @@ def make_ppo(stage):
 
 def brief_probability(stage, temperature):
     """How probable SFT made the brief right answer, over the development questions: PPO finds only what is sampled."""
-    model, tokenizer = load_with_head(stage.at("sft"), "lm"), load_tokenizer(stage.at("sft"))
+    model, tokenizer = stage.load("sft"), load_tokenizer(stage.at("sft"))
     template = template_of(stage.at("sft"))
     asked = [q for q in read_questions(stage.questions) if not q.must_refuse]
     encoded = [encode_answer([{"role": "user", "content": q.text}], atlas.brief(q), template, tokenizer) for q in asked]
@@ -357,7 +371,7 @@ SHOWN = {"fact": 4, "harmless": 1, "arithmetic": 1, "reasoning": 1, "refuse": 2}
 def make_report(stage):
     """What every model answers to the held-out questions (of the user's data: to held-out prompts), in numbers and in
     words. `run` prints it and writes the page."""
-    models = {name: load_with_head(stage.at(made), "lm") for name, made in MODELS.items()}
+    models = {name: stage.load(made) for name, made in MODELS.items()}
     if stage.config.own_data:
         return answers_to_prompts(stage, models)
     return answers_to_questions(stage, models)
@@ -403,7 +417,7 @@ def ranked_right(stage):
     """{"clean_pairs", "heldout_pairs"}: the reward model's accuracy on all pairs of rankings that it has not seen, in
     the true order, about facts that it was asked and about held-out ones."""
     folder, found = stage.at("reward"), {}
-    model, tokenizer, template = load_with_head(folder, "scalar"), load_tokenizer(folder), template_of(folder)
+    model, tokenizer, template = stage.load("reward", "scalar"), load_tokenizer(folder), template_of(folder)
     for name, file in (("clean_pairs", "clean_rankings.jsonl"), ("heldout_pairs", "heldout_rankings.jsonl")):
         rankings = read_files((stage.at("data", file),), read_preferences)
         examples = encode_preferences(rankings, template, tokenizer, model.config.max_position_embeddings - 1)
@@ -459,6 +473,7 @@ def run(config):
 
     ValueError: OUT is somebody else's, or was made with other settings.
     """
+    check_device(config.device)
     extra("matplotlib.figure", "plot")  # the report needs it: said now, and not after an hour
     for name in ("sft_data", "preference_data", "prompts"):
         for path in getattr(config, name):
@@ -499,7 +514,7 @@ def _stages(config):
 def read_notes(config):
     """What is done, from OUT/pipeline.json; less what --from repeats. Changes nothing. ValueError: see `run`."""
     path = config.out / NOTES
-    settings = {name: value for name, value in vars(config).items() if name not in ("out", "from_", "resume")}
+    settings = {name: value for name, value in vars(config).items() if name not in FREE}
     settings = json.loads(json.dumps(settings, default=str))
     if config.out.exists() and not config.out.is_dir():
         raise ValueError(f"{config.out} is a file, and has to be a folder")

@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import tyro
 
@@ -99,6 +99,8 @@ class Options(Sampling):
     """a system message, before everything that is said"""
     template: str = ""
     """chatml, llama2, llama3, alpaca, or a Jinja file; none: the model folder's own"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: the GPU, by CuPy"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -427,7 +429,7 @@ def run(options):
         stream.reconfigure(encoding="utf-8", errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
     tokenizer = load_tokenizer(options.model)
     template = template_of(options.model, options.template)
-    model = load_with_head(options.model, "lm")
+    model = load_with_head(options.model, "lm", device=options.device)
     if not options.template and never_taught(options.model, template):
         told(f"{options.model} was never taught to chat: it will continue the text rather than answer")
         template = None

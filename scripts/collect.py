@@ -33,7 +33,7 @@ import urllib.parse
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -80,6 +80,8 @@ class Options:
     """prompts that are answered at once, while you read"""
     skip_bad: int = 0
     """how many malformed lines of the prompts may be skipped"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: the GPU, by CuPy"""
 
     serve: bool = False
     """rank in a browser, on a page that only this machine can open"""
@@ -795,7 +797,7 @@ def prepare(options):
             raise ValueError(f"--out {options.out} is a file of prompts: take another")
     tokenizer, template = load_tokenizer(options.model), template_of(options.model, options.template)
     found = read_files(options.prompts, read_prompts, Bad(options.skip_bad))
-    model = load_with_head(options.model, "lm")
+    model = load_with_head(options.model, "lm", device=options.device)
     context = model.config.max_position_embeddings
     longest = options.max_new_tokens or min(LONGEST, context // 2)
     if longest + 1 >= context:

@@ -34,6 +34,8 @@ class Options:
     """the seeds"""
     size: Literal["tiny", "default", "small", "medium"] = "default"
     """as for scripts/pipeline.py"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """as for scripts/pipeline.py"""
 
     def __post_init__(self):
         if len(set(self.seeds)) < 2 or min(self.seeds) < 0:
@@ -74,7 +76,8 @@ def tables(reports):
 def compare(options):
     reports = {}
     for seed in options.seeds:
-        notes = run(PipelineConfig(out=options.out / f"seed-{seed}", size=options.size, seed=seed))
+        out = options.out / f"seed-{seed}"
+        notes = run(PipelineConfig(out=out, size=options.size, seed=seed, device=options.device))
         reports[seed] = notes["stages"]["report"]
     lines = [line for columns, rows in tables(reports) for line in (*table_lines(columns, rows), "")]
     print("\n" + "\n".join(lines))

@@ -39,6 +39,7 @@ from minillm.data.conversations import (
 from minillm.data.datasets import Windows, load_tokens
 from minillm.data.readers import Bad
 from minillm.hub import load_pretrained
+from minillm.kernels.device import check_device
 from minillm.pipeline import JUDGED, number, percent
 from minillm.report import shown, table_lines
 from minillm.trainers import reward
@@ -136,6 +137,8 @@ class Options:
     """how many malformed lines may be skipped"""
     seed: int = 0
     """the random numbers of sampling"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: the GPU, by CuPy"""
 
     samples: int = 0
     """how many answers to show"""
@@ -206,7 +209,9 @@ class Subject(NamedTuple):
 def load(options):
     """The Subject. ValueError: models that do not go together, or with what is to be measured."""
     folder = options.model
-    tokenizer, template, model = load_tokenizer(folder), template_of(folder, options.template), load_pretrained(folder)
+    check_device(options.device)
+    tokenizer, template = load_tokenizer(folder), template_of(folder, options.template)
+    model = load_pretrained(folder).to(options.device)
     if model.config.head == "scalar":
         wrong = [f"--{name}" for name in (*MEASURED, "reference") if name != "preferences" and getattr(options, name)]
         if wrong:
@@ -230,7 +235,7 @@ def companion(options, name, head, model, tokenizer):
     if folder is None:
         return None
     same_tokenizer(folder, tokenizer, options.model)
-    found = load_with_head(folder, head)
+    found = load_with_head(folder, head, device=options.device)
     sizes = found.config.vocab_size, model.config.vocab_size
     if sizes[0] < sizes[1]:  # it would be asked about ids that it does not have
         raise ValueError(f"{folder} has {sizes[0]} tokens, and {options.model} has {sizes[1]}")

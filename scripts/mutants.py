@@ -41,13 +41,15 @@ ENGINE = [
 
 # The tests of the other areas. What a file's own tests do not notice is not made good by a trainer that learns less.
 TRAINERS = ["tests/test_exact.py", "tests/test_trainers.py"]
+DEVICE = "tests/test_device.py"
 AREAS = {
+    "kernels/device.py": ["tests/test_functional.py", DEVICE],
     "minillm/losses.py": ["tests/test_losses.py"],
-    "minillm/optim.py": ["tests/test_optim.py"],
+    "minillm/optim.py": ["tests/test_optim.py", DEVICE],
     "minillm/lora.py": ["tests/test_lora.py"],
     "minillm/trainers/common.py": TRAINERS,
     "minillm/checkpoint.py": ["tests/test_checkpoint.py"],
-    "minillm/trainers/run.py": ["tests/test_resume.py", "tests/test_trainers.py"],
+    "minillm/trainers/run.py": ["tests/test_resume.py", "tests/test_trainers.py", DEVICE],
     "minillm/trainers/pretrain.py": TRAINERS,
     "minillm/trainers/sft.py": TRAINERS,
     "minillm/trainers/reward.py": TRAINERS,
@@ -224,7 +226,7 @@ FAULTS = {
     "kernels/adamw.py": [
         ("lr / (1 - beta1**step)", "lr", "adamw: the first moment's bias is not corrected"),
         ("(np.sqrt(v_i) * root + eps)", "np.sqrt(v_i * root * root + eps)", "adamw: eps stands inside the root"),
-        ("(1 - lr * weight_decay,", "(1 - weight_decay,", "adamw: the decay without the learning rate"),
+        ("decays = 1 - lr * weight_decay,", "decays = 1 - weight_decay,", "adamw: the decay without the learning rate"),
     ],
     "kernels/jit.py": [
         ("y = _ZERO if x < _LOW else y\n        ", "", "exp: e^-inf is not 0"),
@@ -237,6 +239,13 @@ FAULTS = {
     ],
     "kernels/device.py": [
         ("ids.max() >= n", "ids.max() > n", "check_ids: the id that is one too large passes"),
+        ("            self._event.synchronize()\n", "            pass\n", "asynchronous: read before it has arrived"),
+        (
+            "flag.order < until.order for *_, flag in _flags",
+            "True for _ in _flags",
+            "flag: waits for later checks",
+        ),
+        ("        if not found:\n", "        if False:\n", "device: that there is no GPU is found out in the middle"),
     ],
     "minillm/losses.py": [
         ("ag.log_sigmoid(d) * -p", "ag.log_sigmoid(d) * p", "reward_loss: the worse answer is to win"),
@@ -280,6 +289,11 @@ FAULTS = {
         ("return parameter.ndim >= 2", "return parameter.ndim >= 1", "decay: pulls at norms and biases, too"),
         ("max_norm / norm if max_norm", "norm / max_norm if max_norm", "clipping: upside down, long gradients grow"),
         ("total += float(", "total = float(", "norm: of the last array alone"),
+        (
+            "xp.isfinite(norm + loss)",
+            "xp.isfinite(norm)",
+            "finite: on a GPU an infinite loss is fine",
+        ),
         (
             "done = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))",
             "done = min(1.0, (step - warmup) / max(1, steps - warmup))",
@@ -341,6 +355,15 @@ FAULTS = {
     ],
     "minillm/trainers/run.py": [
         ("        optimizer.zero_grad()\n", "", "update: the gradient is not cleared"),
+        ("self._read(1 if on_gpu else 0)", "self._read(0)", "waiting: for the update that the GPU was just told"),
+        (
+            "        self._read(0)\n        arrays,",
+            "        arrays,",
+            "looked: saves an update not looked at",
+        ),
+        ("update.optimizer.steps -= 1", "pass", "left: what was left out is counted as an update"),
+        ("update.sums is self.rows[0].sums", "False", "rows: written before all of their updates are read"),
+        ("learning_rate: update.lr}, update.sums)", "learning_rate: update.lr})", "rows: numbers go to the next one"),
         ("        self._cut(files)\n", "", "resume: rows behind the checkpoint stay, and come twice"),
         ("if self.looked is None:", "if True:", "resume: the evaluation before the first update is made again"),
         ('SAVED = ("sums", ', "SAVED = (", "checkpoint: what is not yet logged is lost"),
@@ -484,11 +507,11 @@ FAULTS = {
             "ratio: the new log-probabilities are at temperature 1",
         ),
         (
-            "ppo_policy_loss(logp, part.logp, part.white, part.mask, config.clip, count)",
-            "ppo_policy_loss(logp, part.logp, part.white, part.mask, config.clip)",
+            "ppo_policy_loss(logp, there.logp, there.white, there.mask, config.clip, count)",
+            "ppo_policy_loss(logp, there.logp, there.white, there.mask, config.clip)",
             "micro: each part is divided by its own count",
         ),
-        ("part.logp, part.white,", "part.logp, part.advantage,", "losses: the advantages are not whitened"),
+        ("there.logp, there.white,", "there.logp, there.advantage,", "losses: the advantages are not whitened"),
         (
             "            policy_optimizer.zero_grad()\n",
             "",

@@ -16,6 +16,7 @@ import shutil
 import sys
 import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -52,6 +53,8 @@ class Options:
     """how many tokens, one after another, each time going on with the likeliest"""
     compare: Path | None = None
     """another model folder with the same tokenizer, to show beside the first"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: the GPU, by CuPy"""
 
     def __post_init__(self):
         if self.model is None:
@@ -185,7 +188,7 @@ def run(options):
     tokenizer = load_tokenizer(options.model)
     if options.compare:
         same_tokenizer(options.compare, tokenizer, options.model)
-    models = [load_with_head(folder, "lm") for folder in folders]
+    models = [load_with_head(folder, "lm", device=options.device) for folder in folders]
     names = [folder.resolve().name for folder in folders]
     names = names if len(set(names)) == len(names) else list(map(str, folders))
     prompts, stops = zip(*(prompt_of(folder, tokenizer, options) for folder in folders), strict=True)

@@ -11,6 +11,7 @@ the answers to the development questions, what they are worth, and how far the p
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -39,6 +40,8 @@ class Options:
     """the random numbers, the same for each beta"""
     overwrite: bool = False
     """replace runs that are there"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: the GPU, by CuPy"""
 
     def __post_init__(self):
         if len(set(self.betas)) < 2 or min(self.betas) < 0:
@@ -75,6 +78,7 @@ def compare(options):
                 lr=options.lr,
                 schedule="constant",
                 seed=options.seed,
+                device=options.device,
                 eval_every=5,
                 samples=4,
             )

@@ -21,6 +21,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -55,6 +56,8 @@ class Options:
     """chatml, llama2, llama3, alpaca, or a Jinja file; none: the model folder's own"""
     seed: int = 0
     """of requests that bring none: the same ones in the same order get the same answers"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: the GPU, by CuPy"""
     out: Path | None = None
     """a folder for metrics.jsonl, which gets a row for each request; none: nothing is written"""
 
@@ -146,7 +149,7 @@ def run(options):
     key = read_key(options.api_key)
     tokenizer = load_tokenizer(options.model)
     template = template_of(options.model, options.template)
-    model = load_with_head(options.model, "lm")
+    model = load_with_head(options.model, "lm", device=options.device)
     if not options.template and never_taught(options.model, template):
         template = None
     generate(model, [[tokenizer.eos_id]], max_new_tokens=2)  # the first call loads the kernels

@@ -17,14 +17,16 @@ from ..chat import stop_ids
 from ..data.conversations import encode_prompts, question_of, read_prompts
 from ..data.readers import Bad
 from ..generate import generate
-from .common import ChatSettings, claim, load_tokenizer, load_with_head, padding_of, read_files, template_of
+from ..kernels.device import check_device
+from .common import ChatSettings, load_tokenizer, padding_of, read_files, template_of
 from .ppo import model_rewards
+from .run import claim
 
 
 @dataclass(kw_only=True)
 class BestOfNConfig(ChatSettings):
     """Best of n against a reward model. It samples and trains nothing: of the shared settings, only out, overwrite,
-    seed and batch_size (prompts at once) are used."""
+    seed, device, precision and batch_size (prompts at once) are used."""
 
     reward: Path
     """the reward model's folder"""
@@ -49,8 +51,9 @@ class BestOfNConfig(ChatSettings):
 def best_of_n(config):
     """Write best.jsonl to the output folder, one conversation for each prompt with its score and the scores of all its
     answers; returns the means {"first": ..., "best": ...}. Answers that do not end are kept only if none does."""
+    check_device(config.device)
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
-    model, reward_model = load_with_head(config.model, "lm"), load_with_head(config.reward, "scalar")
+    model, reward_model = config.load(config.model, "lm"), config.load(config.reward, "scalar")
     context = min(model.config.max_position_embeddings, reward_model.config.max_position_embeddings)
     if config.max_new_tokens >= context:
         config.refuse("max_new_tokens", f"below the models' context of {context} tokens")

@@ -24,7 +24,7 @@ from ..checkpoint import NotFinite, write_json
 from ..data.pack import Batch, best_fit_rows
 from ..files import read_object
 from ..hub import check_vocabulary, load_pretrained, read_config, save_pretrained
-from ..kernels.device import to_host
+from ..kernels.device import check_device, number, to_host, upcast
 from ..model import build
 from ..optim import AdamW, cosine_schedule, linear_schedule
 from ..parallel import in_shares
@@ -42,7 +42,12 @@ class Settings:
     overwrite: bool = False
     """replace the folder if it is there"""
     seed: int = 0
-    """the random numbers of weights, data order and sampling"""
+    """the random numbers of weights, data order and sampling; they are the same on every device"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: the GPU, by CuPy. A run can be resumed on another device"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of activations and products; weights, gradients, moments, norms and losses are float32 with either. bfloat16 is
+    for GPUs, whose tensor cores it is made for"""
 
     batch_size: int = 32
     """rows in an update"""
@@ -106,6 +111,8 @@ class Settings:
             self.between(name, 0, 1)
         for name in ("beta1", "beta2"):
             self.between(name, 0, 1, open_end=True)
+        if self.workers > 1 and self.device == "cuda":
+            self.refuse("workers", "1 with --device cuda: they are for the processor's cores")
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on with what --overwrite would remove: only one of them can be meant")
 
@@ -138,6 +145,14 @@ class Settings:
         value = getattr(self, name)
         if not (low <= value <= high) or (open_end and value == high):
             self.refuse(name, f"from {low} to {high}" if not open_end else f"at least {low} and below {high}")
+
+    def load(self, folder, head, seed=None):
+        """load_with_head, where and as precise as these settings have it."""
+        return self.placed(load_with_head(folder, head, seed, self.device))
+
+    def placed(self, model):
+        """The model on the device, with activations of the precision."""
+        return model.to(self.device, self.precision)
 
     def optimizer(self, parameters):
         """An AdamW with these settings."""
@@ -315,19 +330,21 @@ def save_model(folder, model, tokenizer, template=None):
 def with_head(model, head, seed=0):
     """A copy of `model` with the head "lm" or "scalar". What both have is equal; a new head is drawn from the seed."""
     config = dataclasses.replace(model.config, head=head)
-    copy = build(config, seed, model.flat.dtype)
+    copy = build(config, seed, model.flat.dtype).to(model.device, model.activations)
     for name, p in copy.parameters.items():
         if name in model.parameters:
             p.data[...] = model.parameters[name].data
     return copy
 
 
-def load_with_head(folder, head, seed=None):
-    """The model of a folder, which has to have this head; with a seed, another one is replaced by one drawn from it.
+def load_with_head(folder, head, seed=None, device="cpu"):
+    """The model of a folder on a device, which has to have this head; with a seed, another one is replaced by one drawn
+    from it. Errors of the device as in kernels.device.check_device, before anything is read.
 
     A new head knows nothing: that is how a reward model starts, and an accident everywhere else.
     """
-    model = load_pretrained(folder)
+    check_device(device)
+    model = load_pretrained(folder).to(device)
     if model.config.head == head:
         return model
     if seed is None:
@@ -438,13 +455,14 @@ def next_token_loss(model, batch, count):
     """-sum of log p(target) over the batch's mask, divided by `count`: a scalar Tensor. Pretraining and SFT."""
     targets = np.where(batch.mask, batch.y, IGNORED)  # what is ignored costs no logits
     hidden = model.hidden(batch.x, batch.start)
-    weights = np.full(targets.shape, 1 / count, hidden.dtype)
+    weights = np.full(targets.shape, 1 / count, upcast(hidden.data[:0]).dtype)
     return F.linear_cross_entropy(hidden, model.head, targets, weights=weights)
 
 
 def next_token_backward(model, batch, size, workers=1):
-    """Backward of an update's next_token_loss, shared among `workers`, in parts of `size` rows; the loss, a float. A
-    part without a target adds nothing, and a whole batch without one has loss 0 and gradient 0."""
+    """Backward of an update's next_token_loss, shared among `workers`, in parts of `size` rows; the loss, a float, or
+    on a GPU an array (). A part without a target adds nothing, and a whole batch without one has loss 0 and
+    gradient 0."""
     count = int(batch.mask.sum())
 
     def backward(model, share):
@@ -453,7 +471,7 @@ def next_token_backward(model, batch, size, workers=1):
             if part.mask.any():
                 loss = next_token_loss(model, part, count)
                 loss.backward()
-                total += loss.item()
+                total += number(loss.data)
         return total
 
     return sum(in_shares(model, backward, batch, workers))
@@ -495,8 +513,14 @@ def scores(model, sequences, pad_id):
     is searched for, so it does not matter what padding is or what stands inside a text."""
     tokens, start, row, column = side_by_side(sequences, pad_id)
     last = column + np.array([len(ids) - 1 for ids in sequences])
-    hidden = model.hidden(tokens, start)[row, last]
-    return F.linear(hidden, model.head).reshape(len(last))
+    return scalar_head(model, model.hidden(tokens, start)[row, last]).reshape(len(last))
+
+
+def scalar_head(model, hidden):
+    """The scalar head's output (..., 1) for hidden states (..., D): in float32 at least, because with the 8 bits of a
+    bfloat16, scores would tie where answers differ."""
+    wide = upcast(hidden.data[:0]).dtype
+    return F.linear(hidden if hidden.dtype == wide else ag.cast(hidden, dtype=wide), model.head)
 
 
 def trained_logprobs(model, sequences, masks, pad_id, temperature=1.0):

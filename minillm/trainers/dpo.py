@@ -22,7 +22,7 @@ from ..chat import stop_ids
 from ..data.conversations import encode_preferences, encode_prompts, pairs, prompts_of, read_preferences
 from ..data.datasets import Batches, Items
 from ..data.readers import Bad
-from ..kernels.device import to_host
+from ..kernels.device import beside, later, number, to_host
 from ..lora import switched_off
 from ..losses import dpo_loss, dpo_rewards, sequence_logprobs
 from ..parallel import add_up, in_shares
@@ -34,7 +34,6 @@ from .common import (
     dress,
     hold_out,
     load_tokenizer,
-    load_with_head,
     longest_first,
     padding_of,
     read_files,
@@ -85,7 +84,7 @@ def pair_logprobs(model, examples, pad_id):
     """(log pi(y_w|x), log pi(y_l|x)), Tensors (B,), and the answers' lengths, arrays (B,). One forward for both."""
     sequences, masks = zip(*(e.answers[k] for k in (0, 1) for e in examples), strict=True)
     logp, mask = trained_logprobs(model, sequences, masks, pad_id)
-    logp, lengths, B = sequence_logprobs(logp, mask), mask.sum(1), len(examples)
+    logp, lengths, B = sequence_logprobs(logp, beside(mask, logp.data)), mask.sum(1), len(examples)
     return logp[:B], logp[B:], (lengths[:B], lengths[B:])
 
 
@@ -104,7 +103,8 @@ def loss_and_metrics(model, examples, config, pad_id, count):
     """The loss of one part, divided by the `count` of pairs in the whole update, and sums of metrics over the part.
     Where the loss takes means over tokens, so do the rewards; logps are always sums."""
     chosen, rejected, lengths = pair_logprobs(model, examples, pad_id)
-    reference = np.array([e.reference for e in examples], chosen.dtype)
+    reference = beside(np.array([e.reference for e in examples], chosen.dtype), chosen.data)
+    lengths = [beside(n, chosen.data) for n in lengths]
     loss = dpo_loss(
         chosen,
         rejected,
@@ -117,7 +117,7 @@ def loss_and_metrics(model, examples, config, pad_id, count):
         lengths=lengths if config.normalize == "mean" else None,
         count=count,
     )
-    won, lost = (to_host(r) for r in dpo_rewards(chosen, rejected, reference[:, 0], reference[:, 1], config.beta))
+    won, lost = dpo_rewards(chosen, rejected, reference[:, 0], reference[:, 1], config.beta)
     if config.normalize == "mean":
         won, lost = won / lengths[0], lost / lengths[1]
     return loss, {
@@ -125,21 +125,21 @@ def loss_and_metrics(model, examples, config, pad_id, count):
         "rewards/rejected": lost.sum(),
         "rewards/margins": (won - lost).sum(),
         "rewards/accuracies": ((won > lost) + 0.5 * (won == lost)).sum(),
-        "logps/chosen": to_host(chosen.data).sum(),
-        "logps/rejected": to_host(rejected.data).sum(),
+        "logps/chosen": chosen.data.sum(),
+        "logps/rejected": rejected.data.sum(),
     }
 
 
 def backward(model, batch, config, pad_id):
-    """Backward of the loss on the pairs of `batch`, in parts; {metric: mean over the pairs}."""
+    """Backward of the loss on the pairs of `batch`, in parts; {metric: mean over the pairs}, on a GPU arrays ()."""
 
     def backward_share(model, share):
         sums = {}
         for part in by_length(share, config.micro_batch_size):
             loss, metrics = loss_and_metrics(model, part, config, pad_id, len(batch))
             loss.backward()
-            for name, value in {"loss": loss.item() * len(batch), **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
+            for name, value in {"loss": number(loss.data) * len(batch), **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + number(value)
         return sums
 
     sums = add_up(in_shares(model, backward_share, longest_first(batch), config.workers))
@@ -152,17 +152,17 @@ def measure(model, examples, config, pad_id, rows=16):
     with no_grad():
         for part in by_length(examples, rows):
             loss, metrics = loss_and_metrics(model, part, config, pad_id, len(examples))
-            for name, value in {"loss": loss.item() * len(examples), **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-    return {f"eval_{name}": value / len(examples) for name, value in sums.items()}
+            for name, value in {"loss": number(loss.data) * len(examples), **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + number(value)
+    return {f"eval_{name}": value / len(examples) for name, value in later(sums)().items()}
 
 
 @in_its_folder
 def train(config):
     """Train, and write the model folder; returns (model, tokenizer)."""
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
-    model = trainable(load_with_head(config.model, "lm"), config)
-    reference = load_with_head(config.reference, "lm") if config.reference else switched_off(model)
+    model = trainable(config.load(config.model, "lm"), config)
+    reference = config.load(config.reference, "lm") if config.reference else switched_off(model)
     if config.reference:
         same_tokenizer(config.reference, tokenizer, config.model)
     context = model.config.max_position_embeddings

@@ -23,7 +23,7 @@ from ..data import atlas
 from ..data.conversations import question_of
 from ..data.readers import read_rows
 from ..generate import generate
-from ..kernels.device import to_host
+from ..kernels.device import beside, number, to_host, upcast
 from .common import frozen_logprobs, pad, spellings, trained_logprobs
 
 ROWS = 128  # answered at once
@@ -47,12 +47,13 @@ def evaluate_tokens(model, batches, byte_lengths=None):
     with no_grad():
         for batch in batches:
             hidden = model.hidden(batch.x, batch.start)
-            h, y = hidden.data[batch.mask], batch.y[batch.mask]
+            used = beside(np.flatnonzero(batch.mask), hidden.data)
+            h, y = hidden.data.reshape(-1, hidden.shape[-1])[used], batch.y[batch.mask]
             for first in range(0, len(y), 4096):
                 logits = F.linear(h[first : first + 4096], model.head.data).data
                 targets = y[first : first + 4096]
                 nll -= float(to_host(F.token_logprobs(logits, targets).data).sum(dtype=np.float64))
-                right += int((to_host(logits).argmax(-1) == targets).sum())
+                right += int((to_host(upcast(logits).argmax(-1)) == targets).sum())
             count += len(y)
             size += 0 if byte_lengths is None else int(byte_lengths[y].sum())
     if not count:
@@ -278,6 +279,6 @@ def answer_logprobs(model, encoded, pad_id, temperature=1.0):
 
 
 def pair_accuracy(margins):
-    """The share of pairs whose better answer has the higher score, ties counted half."""
-    margins = np.asarray(margins)
-    return float((margins > 0).mean() + 0.5 * (margins == 0).mean())
+    """The share of pairs whose better answer has the higher score, ties counted half; on a GPU an array ()."""
+    margins = np.asarray(margins) if isinstance(margins, list) else margins
+    return number((margins > 0).mean() + 0.5 * (margins == 0).mean())

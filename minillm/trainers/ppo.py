@@ -28,7 +28,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .. import functional as F
 from ..autograd import no_grad
 from ..chat import stop_ids
 from ..data.atlas import Question, gold_reward
@@ -37,7 +36,7 @@ from ..data.datasets import Batches, Items
 from ..data.pack import Batch
 from ..data.readers import Bad
 from ..generate import generate
-from ..kernels.device import to_host
+from ..kernels.device import beside, later, number, to_host, xp_of
 from ..lora import switched_off
 from ..losses import (
     AdaptiveKL,
@@ -58,13 +57,13 @@ from .common import (
     frozen_logprobs,
     hold_out,
     load_tokenizer,
-    load_with_head,
     pad,
     padding_of,
     parts,
     read_files,
     same_tokenizer,
     save_trained,
+    scalar_head,
     scores,
     template_of,
     token_logprobs,
@@ -189,6 +188,11 @@ class Experience(NamedTuple):
         """The rows as a Batch."""
         return Batch(self.tokens, self.start, self.mask)
 
+    def beside(self, x):
+        """With what the losses read where the array x is."""
+        read = ("mask", "logp", "white", "value", "returns")
+        return self._replace(**{name: beside(getattr(self, name), x) for name in read})
+
 
 @dataclass
 class Scorer:
@@ -262,7 +266,7 @@ def rollout(policy, prompts, config, stop_tokens, pad_id, seed, cache=True):
 
 def values_of(value_model, batch):
     """V_t, a Tensor (B, T): what the value model expects before token t + 1 is chosen."""
-    return F.linear(value_model.hidden(batch.x, batch.start), value_model.head).reshape(batch.mask.shape)
+    return scalar_head(value_model, value_model.hidden(batch.x, batch.start)).reshape(batch.mask.shape)
 
 
 def frozen_values(value_model, batch, rows=64):
@@ -308,38 +312,42 @@ def minibatches(rows, size, epochs, rng):
 
 
 def policy_backward(policy, e, config):
-    """Backward of the policy's loss on the rows of `e`, in parts; its statistics."""
+    """Backward of the policy's loss on the rows of `e`, in parts; its statistics, on a GPU arrays ()."""
     count = e.mask.sum()
 
     def backward_share(policy, share):
         sums, largest = {}, 0.0
         for part in parts(share, config.micro_batch_size):
             logp, entropy = token_logprobs(policy, part.batch, config.temperature, entropy=True)
-            loss, found = ppo_policy_loss(logp, part.logp, part.white, part.mask, config.clip, count)
+            there = part.beside(logp.data)
+            loss, found = ppo_policy_loss(logp, there.logp, there.white, there.mask, config.clip, count)
             if config.entropy_coefficient:
-                loss = loss - masked_mean(entropy, part.mask, count) * config.entropy_coefficient
+                loss = loss - masked_mean(entropy, there.mask, count) * config.entropy_coefficient
             loss.backward()
-            largest = max(largest, float(found.pop("ratio_max")))
-            found |= {"loss": loss.item(), "entropy": masked_mean(entropy.data, part.mask, count)}
-            sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
+            ratio_max = found.pop("ratio_max")
+            largest = number(xp_of(ratio_max).fmax(ratio_max, largest))
+            found |= {"loss": loss.data, "entropy": masked_mean(entropy.data, there.mask, count)}
+            sums = {name: sums.get(name, 0.0) + number(value) for name, value in found.items()}
         return sums | {"ratio_max": largest}
 
     found = in_shares(policy, backward_share, e, config.workers)
-    return add_up(found) | {"ratio_max": max(some["ratio_max"] for some in found)}
+    largest = found[0]["ratio_max"] if len(found) == 1 else max(some["ratio_max"] for some in found)
+    return add_up(found) | {"ratio_max": largest}
 
 
 def value_backward(value_model, e, config, clip):
-    """Backward of the value model's loss on the rows of `e`, in parts; its statistics."""
+    """Backward of the value model's loss on the rows of `e`, in parts; its statistics, on a GPU arrays ()."""
     count = e.mask.sum()
 
     def backward_share(value_model, share):
         sums = {}
         for part in parts(share, config.micro_batch_size):
             values = values_of(value_model, part.batch)
-            loss, found = ppo_value_loss(values, part.value, part.returns, part.mask, clip, count)
+            there = part.beside(values.data)
+            loss, found = ppo_value_loss(values, there.value, there.returns, there.mask, clip, count)
             loss.backward()
-            found |= {"loss": loss.item()}
-            sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
+            found |= {"loss": loss.data}
+            sums = {name: sums.get(name, 0.0) + number(value) for name, value in found.items()}
         return sums
 
     return add_up(in_shares(value_model, backward_share, e, config.workers))
@@ -363,7 +371,7 @@ def update(policy, value_model, e, optimizers, config, run, rng, train_policy=Tr
         run.update(value_optimizer, metrics, lr=value_lr, prefix="value/")
         if stopped or not train_policy:
             continue
-        found = policy_backward(policy, part, config)
+        found = later(policy_backward(policy, part, config))()  # whether the policy goes on is decided here
         if found["approx_kl_k3"] > config.max_step_kl:
             policy_optimizer.zero_grad()
             stopped = True
@@ -456,10 +464,10 @@ def against_gold(asked, sequences, score, tokenizer):
 def train(config):
     """Train, and write the policy's folder; returns (policy, tokenizer)."""
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
-    model = load_with_head(config.model, "lm")
+    model = config.load(config.model, "lm")
     policy = trainable(model, config)
     reference = switched_off(policy) if config.lora_rank else with_head(policy, "lm")
-    reward_model = load_with_head(config.reward, "scalar")
+    reward_model = config.load(config.reward, "scalar")
     same_tokenizer(config.reward, tokenizer, config.model)
     if reward_model.config.vocab_size != policy.config.vocab_size:
         sizes = reward_model.config.vocab_size, policy.config.vocab_size

@@ -22,7 +22,6 @@ from .common import (
     Settings,
     dress,
     load_tokenizer,
-    load_with_head,
     next_token_backward,
     parts,
     same_tokenizer,
@@ -121,7 +120,7 @@ def train(config):
     tokenizer = load_tokenizer(config.data)
     if config.model:
         same_tokenizer(config.model, tokenizer, config.data)
-    model = load_with_head(config.model, "lm") if config.model else new_model(config, tokenizer.vocab_size)
+    model = config.load(config.model, "lm") if config.model else config.placed(new_model(config, tokenizer.vocab_size))
     if config.length > model.config.max_position_embeddings:
         config.refuse("length", f"at most the context of {config.model}, {model.config.max_position_embeddings}")
     files = load_tokens(config.data, "train")

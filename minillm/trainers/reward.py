@@ -19,7 +19,7 @@ from ..autograd import no_grad
 from ..data.conversations import encode_preferences, read_preferences
 from ..data.datasets import Batches, Items
 from ..data.readers import Bad
-from ..kernels.device import to_host
+from ..kernels.device import beside, number, to_host, xp_of
 from ..losses import ranking_loss, reward_loss
 from ..parallel import in_shares
 from .common import (
@@ -29,7 +29,6 @@ from .common import (
     dress,
     hold_out,
     load_tokenizer,
-    load_with_head,
     longest_first,
     padding_of,
     read_files,
@@ -72,13 +71,15 @@ def preference_loss(r, examples, config, count):
     two, more = np.flatnonzero(sizes == 2), np.flatnonzero(sizes > 2)
     losses = []
     if two.size:
-        margins, labels = (np.array([getattr(examples[i], name) for i in two]) for name in ("margin", "preference"))
+        told = (np.array([getattr(examples[i], name) for i in two]) for name in ("margin", "preference"))
+        margins, labels = (beside(x, r.data) for x in told)
         losses.append(reward_loss(r[two, 0], r[two, 1], margins, config.centring, labels, count))
     if more.size:
         there = np.arange(r.shape[1]) < sizes[more, None]
         ranks = np.zeros(there.shape, int)
         for row, i in enumerate(more):
             ranks[row, : sizes[i]] = examples[i].places()
+        there, ranks = (beside(x, r.data) for x in (there, ranks))
         losses.append(ranking_loss(r[more], there, config.ranking, count, ranks))
     return sum(losses)
 
@@ -92,28 +93,31 @@ def score_answers(model, examples, pad_id):
 
 
 def margins_of(r, examples):
-    """r_i - r_j of every two answers that are compared, in a list."""
-    return [row[i] - row[j] for row, e in zip(r, examples, strict=True) for i, j in e.compared()]
+    """r_i - r_j of every two answers that are compared, an array (pairs,), from the scores r (B, K)."""
+    at = np.array([(row, i, j) for row, e in enumerate(examples) for i, j in e.compared()], int).reshape(-1, 3)
+    row, i, j = (beside(places, r) for places in at.T)
+    return r[row, i] - r[row, j]
 
 
 def backward(model, batch, config, pad_id):
-    """Backward of the loss on the rankings of `batch`, in parts; its metrics, over all answers that are compared."""
+    """Backward of the loss on the rankings of `batch`, in parts; its metrics, over all answers that are compared, on a
+    GPU arrays ()."""
 
     def backward_share(model, share):
-        total, margins, found = 0.0, [], []
+        total, margins, found = 0.0, [], []  # scores of answers that are there, not of a shorter row's filling
         for part in by_length(share, config.micro_batch_size):
             r = score_answers(model, part, pad_id)
             loss = preference_loss(r, part, config, len(batch))
             loss.backward()
-            total += loss.item()
-            r = to_host(r.data)
-            margins += margins_of(r, part)
-            found += [row[: len(e.answers)] for row, e in zip(r, part, strict=True)]
-        return total, np.array(margins), np.concatenate(found)
+            total += number(loss.data)
+            there = np.arange(r.shape[1]) < np.array([[len(e.answers)] for e in part])
+            margins.append(margins_of(r.data, part))
+            found.append(r.data.reshape(-1)[beside(np.flatnonzero(there), r.data)])
+        return total, xp_of(r.data).concatenate(margins), xp_of(r.data).concatenate(found)
 
     found = in_shares(model, backward_share, longest_first(batch), config.workers)
     losses, margins, r = zip(*found, strict=True)
-    margins, r = np.concatenate(margins), np.concatenate(r)
+    margins, r = (xp_of(some[0]).concatenate(some) for some in (margins, r))
     metrics = {"loss": sum(losses), "accuracy": pair_accuracy(margins), "margin": margins.mean()}
     return metrics | {"min_reward": r.min(), "mean_reward": r.mean(), "max_reward": r.max()}
 
@@ -125,11 +129,11 @@ def measure(model, examples, pad_id):
 
 def held_margins(model, examples, pad_id, rows=16):
     """The margins of all examples, an array."""
-    margins = []
+    margins = [np.zeros(0)]
     with no_grad():
         for part in by_length(examples, rows):
-            margins += margins_of(to_host(score_answers(model, part, pad_id).data).astype(np.float64), part)
-    return np.array(margins)
+            margins.append(margins_of(to_host(score_answers(model, part, pad_id).data).astype(np.float64), part))
+    return np.concatenate(margins)
 
 
 def summary(margins):
@@ -154,7 +158,7 @@ def by_file(preferences):
 def train(config):
     """Train, and write the model folder; returns (model, tokenizer)."""
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
-    model = trainable(load_with_head(config.model, "scalar", config.seed), config)
+    model = trainable(config.load(config.model, "scalar", config.seed), config)
     context = model.config.max_position_embeddings
     length = min(config.length or context, context)
     preferences = read_files(config.data, read_preferences, Bad(config.skip_bad))

@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 from tqdm import tqdm
@@ -40,22 +40,25 @@ from ..checkpoint import LOCK, Checkpoints, NotFinite, delete, locked, read, sha
 from ..data.datasets import MANIFEST
 from ..extras import extra
 from ..files import check_keys, read_object
-from ..optim import clip_scale
+from ..kernels.device import check_device, device_of, gpu_name, later
+from ..optim import clip_scale, gpu_clip_scale
 
 WIDTH = 110  # of a line that is printed
 QUIET = 10.0  # seconds without a line, after which a run without a progress bar prints one
+LIBRARIES = ("numpy", "numba", "safetensors", "tokenizers", "cupy-cuda12x", "cupy-cuda13x")
 SETTINGS, ENVIRONMENT = "settings.json", "environment.json"
 SAVED = ("sums", "tokens", "skipped", "last", "looked", "best")  # of a Run's own fields, those that a checkpoint holds
 
-# What may be another at --resume: how much and how fast is trained, what is told and kept, and what has to be smaller
-# where memory was short (micro_batch_size changes the last bits). Paths, too: their contents are compared. Everything
-# else would make another run of it.
+# What may be another at --resume: how much and how fast is trained, what is told and kept, where it goes on, and what
+# has to be smaller where memory was short (device, workers and micro_batch_size change the last bits, precision more).
+# Paths, too: their contents are compared. Everything else would make another run of it.
 CHANGEABLE = {
     *("lr", "schedule", "warmup", "lr_floor", "value_lr"),
     *("epochs", "tokens", "episodes"),
     *("log_every", "eval_every", "samples", "tensorboard", "eval_rows", "eval_questions", "eval_prompts"),
     *("save_every", "save_minutes", "keep_last", "keep_best"),
     *("micro_batch_size", "on_nan", "skip_bad", "overwrite", "resume", "flight_record"),
+    *("device", "precision", "workers"),
 }
 
 
@@ -71,10 +74,11 @@ class Stopped(KeyboardInterrupt):
 
 
 def in_its_folder(train):
-    """train(config) with config.out checked first, and locked until it ends."""
+    """train(config) with config.device and config.out checked first, and the folder locked until it ends."""
 
     @functools.wraps(train)
     def alone(config):
+        check_device(config.device)
         check_out(config)
         with locked(config.out):
             return train(config)
@@ -127,7 +131,7 @@ def claim(settings):
 def _write_down(settings, changed):
     """settings.json, and in environment.json what the run runs on and what `changed` since it began."""
     write_json(settings.out / SETTINGS, dataclasses.asdict(settings))
-    _note_environment(settings.out / ENVIRONMENT, changed)
+    _note_environment(settings.out / ENVIRONMENT, changed, settings.device)
 
 
 def _changed(settings):
@@ -170,15 +174,16 @@ def _paths(settings):
                 yield name, path
 
 
-def _note_environment(path, changed):
+def _note_environment(path, changed, device):
     """environment.json: the command, versions and machine; of a run that was resumed, the first ones and what changed
     each time."""
     now = {
         "command": sys.argv,
         "versions": {"minillm": __version__, "python": platform.python_version()}
-        | {name: _version(name) for name in ("numpy", "numba", "safetensors", "tokenizers", "cupy")},
+        | {name: _version(name) for name in LIBRARIES},
         "git_commit": _git_commit(),
-        "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
+        "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()}
+        | ({"gpu": gpu_name()} if device == "cuda" else {}),
     }
     try:
         noted = json.loads(path.read_text(encoding="utf-8"))
@@ -238,6 +243,27 @@ def _contents(path):
 # ------------------------------------------------------------------ the run
 
 
+class Update(NamedTuple):
+    """An update whose numbers are not read yet."""
+
+    step: int
+    optimizer: object  # if it has counted this update though the GPU may have left it out; else None
+    numbers: object  # function() -> {metric: float}, with the gradient's norm under `norm`
+    norm: str
+    lr: float
+    rows: str  # which rows it was made of
+    sums: dict  # where its numbers belong
+
+
+class Row(NamedTuple):
+    """A row of metrics.jsonl that waits for updates."""
+
+    step: int
+    sums: dict
+    tokens: int  # in all
+    speed: int  # tokens per second since the row before
+
+
 class Run:
     """The rhythm around a trainer's loop: what is logged, evaluated, shown, saved and written down, and when.
 
@@ -252,6 +278,9 @@ class Run:
     sample()    -> [(prompt, completion)], shown and written to samples.jsonl at the same moments
 
     metrics.jsonl gets a row of means every log_every updates, and a row for each evaluation.
+
+    Nothing in here waits for a GPU during an update: its numbers are read when the next one has been told to the GPU,
+    and rows that they belong to are written then. Before an evaluation or a checkpoint, everything is waited for.
     """
 
     def __init__(self, settings, steps, holds=None, identity=None, dress=None, best=None):
@@ -259,6 +288,7 @@ class Run:
         self.holds, self.identity, self.dress, self.best_metric = holds or {}, identity or {}, dress, best
         self.checkpoints = Checkpoints(settings.out / "checkpoints", settings.keep_last)
         self.sums, self.tokens, self.skipped, self.last = {}, 0, 0, {}
+        self.updates, self.rows = [], []  # Updates that are not read, Rows that are not written
         self.looked = self.saved = self.best = None  # the steps of the last evaluation and checkpoint; (value, step)
         self.files, self.board, self.bar, self.stack = {}, None, None, contextlib.ExitStack()
         self.clock = self.clock_tokens = self.told = 0
@@ -325,6 +355,7 @@ class Run:
 
     def save(self):
         """A checkpoint of now. NotFinite: there is nan or inf in it; then the ones before stay as they are."""
+        self._read(0)
         arrays, state = {}, {}
         for name, thing in self.holds.items():
             for key, value in thing.state_dict().items():
@@ -435,10 +466,13 @@ class Run:
             yield step
             self.done = step + 1
             if self.done % self.settings.log_every == 0 or self.done == self.total:
-                self._log()
+                self._close_row()
             self.bar.update()
+            looks = self.done % self.settings.eval_every == 0 or self.done == self.total
+            if looks or self.signal is not None:
+                self._read(0)
             begin = time.perf_counter()
-            if self.done % self.settings.eval_every == 0 or self.done == self.total:
+            if looks:
                 self._look(evaluate, sample)
             self._stop_or_save()
             self.clock += time.perf_counter() - begin  # neither is part of the training speed
@@ -450,21 +484,43 @@ class Run:
 
     def update(self, optimizer, metrics, tokens=0, lr=None, prefix=""):
         """Clip, update, zero the gradients, and remember the metrics for the next row; `prefix` goes before grad_norm
-        and learning_rate. Where loss or gradient is not finite: NotFinite, or with on_nan="skip" no update."""
-        norm, lr = optimizer.grad_norm(), self.lr if lr is None else lr
-        if math.isfinite(norm) and math.isfinite(metrics.get("loss", 0)):
-            optimizer.step(lr, clip_scale(norm, self.settings.max_grad_norm))
-            self.add({**metrics, f"{prefix}grad_norm": norm, f"{prefix}learning_rate": lr})
-        elif self.settings.on_nan == "skip":
-            self.skipped += 1
-        else:
-            told = "".join(f", {name} is {short_number(value)}" for name, value in metrics.items())
-            raise NotFinite(
-                f"update {self.step + 1}{self._batch()}: the gradient's norm is {norm}{told}; take a smaller --lr (now "
-                f"{lr:.1e}), or leave such updates out with --on-nan skip"
-            )
+        and learning_rate. Where loss or gradient is not finite: NotFinite, or with on_nan="skip" no update. On a GPU
+        the metrics may be arrays (), and it is told one update later, though such an update is never made."""
+        norm, lr, longest = optimizer.grad_norm(), self.lr if lr is None else lr, self.settings.max_grad_norm
+        loss, on_gpu = metrics.get("loss", 0.0), device_of(norm) == "cuda"
+        if on_gpu:
+            optimizer.step(lr, gpu_clip_scale(norm, longest, loss))
+        elif _finite(norm, loss):
+            optimizer.step(lr, clip_scale(norm, longest))
         optimizer.zero_grad()
         self.count(tokens)
+        name = f"{prefix}grad_norm"
+        numbers = later({**metrics, name: norm})
+        counted = optimizer if on_gpu else None
+        self.updates.append(Update(self.step, counted, numbers, name, lr, self._batch(), self.sums))
+        self._read(1 if on_gpu else 0)
+
+    def _read(self, left):
+        """The numbers of all updates but the last `left`, and the rows that waited for them."""
+        while len(self.updates) > left:
+            update = self.updates.pop(0)
+            metrics = update.numbers()
+            if _finite(metrics[update.norm], metrics.get("loss", 0)):
+                learning_rate = update.norm.replace("grad_norm", "learning_rate")
+                self.add({**metrics, learning_rate: update.lr}, update.sums)
+            elif self.settings.on_nan == "skip":
+                self.skipped += 1
+                if update.optimizer is not None:
+                    update.optimizer.steps -= 1
+            else:
+                norm = metrics.pop(update.norm)
+                told = "".join(f", {name} is {short_number(value)}" for name, value in metrics.items())
+                raise NotFinite(
+                    f"update {update.step + 1}{update.rows}: the gradient's norm is {norm}{told}; take a smaller --lr "
+                    f"(now {update.lr:.1e}), or leave such updates out with --on-nan skip"
+                )
+        while self.rows and not any(update.sums is self.rows[0].sums for update in self.updates):
+            self._log(self.rows.pop(0))
 
     def _batch(self):
         """Which rows the update was made of, for a person who wants to look at them."""
@@ -477,25 +533,30 @@ class Run:
         self.tokens += int(tokens)
         self.clock_tokens += int(tokens)
 
-    def add(self, metrics):
+    def add(self, metrics, sums=None):
         """Numbers for the next row, which gets the mean of each."""
+        sums = self.sums if sums is None else sums
         for name, value in metrics.items():
-            total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = total + float(value), count + 1
+            total, count = sums.get(name, (0.0, 0))
+            sums[name] = total + float(value), count + 1
 
-    def _log(self):
-        row = {name: total / count for name, (total, count) in self.sums.items()}
-        self.sums = {}
+    def _close_row(self):
+        """What comes from now on belongs to the next row."""
         elapsed = time.perf_counter() - self.clock
-        row |= {"num_tokens": self.tokens, "skipped_updates": self.skipped}
-        row["tokens_per_second"] = round(self.clock_tokens / elapsed) if elapsed > 0 else 0
-        self.clock, self.clock_tokens = time.perf_counter(), 0
-        self.write(row, self.step + 1)
+        speed = round(self.clock_tokens / elapsed) if elapsed > 0 else 0
+        self.rows.append(Row(self.step + 1, self.sums, self.tokens, speed))
+        self.sums, self.clock, self.clock_tokens = {}, time.perf_counter(), 0
+        self._read(len(self.updates))
+
+    def _log(self, due):
+        row = {name: total / count for name, (total, count) in due.sums.items()}
+        row |= {"num_tokens": due.tokens, "skipped_updates": self.skipped, "tokens_per_second": due.speed}
+        self.write(row, due.step)
         shown = {"loss": f"{row['loss']:.4f}"} if "loss" in row else {}
         self.bar.set_postfix({**shown, "tok/s": f"{row['tokens_per_second']:,}"}, refresh=False)
         self.last = {name: row[name] for name in ("loss", "learning_rate", "tokens_per_second") if name in row}
-        if self.bar.disable and self.step + 1 < self.total and time.perf_counter() - self.told > QUIET:
-            self._tell(self.step + 1, self.last)
+        if self.bar.disable and due.step < self.total and time.perf_counter() - self.told > QUIET:
+            self._tell(due.step, self.last)
 
     def _tell(self, step, metrics):
         total = f"{self.total:,}"
@@ -561,6 +622,10 @@ class Run:
 def _part(arrays, name):
     """Those of the arrays "NAME/PART", as {PART: array}."""
     return {key.removeprefix(f"{name}/"): array for key, array in arrays.items() if key.startswith(f"{name}/")}
+
+
+def _finite(*numbers):
+    return all(map(math.isfinite, numbers))
 
 
 def _loud(line):

@@ -23,7 +23,6 @@ from .common import (
     dress,
     hold_out,
     load_tokenizer,
-    load_with_head,
     next_token_backward,
     parts,
     read_files,
@@ -71,7 +70,7 @@ class SFTConfig(QuestionSettings, TuningSettings, LoraSettings):
 def train(config):
     """Train, and write the model folder; returns (model, tokenizer)."""
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
-    model = trainable(load_with_head(config.model, "lm"), config)
+    model = trainable(config.load(config.model, "lm"), config)
     if config.replay:
         same_tokenizer(config.replay, tokenizer, config.model)
     length = min(config.length or model.config.max_position_embeddings, model.config.max_position_embeddings)
