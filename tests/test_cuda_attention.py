@@ -109,17 +109,19 @@ def check_all(ctype, D, lengths, backends, **options):
 
 
 def instances(ctype, D):
-    """What a head of this size launches."""
+    """What a head of this size launches, one pass aside."""
     tiles = attention.FLOAT_TILES if ctype == "float" else attention.TILES
     Dp = min(size for size in tiles["forward"] if size >= D)
-    kernels = [attention._instance(kernel, ctype, Dp, sizes[Dp]) for kernel, sizes in tiles.items()]
+    kernels = [
+        attention._instance(kernel, ctype, Dp, sizes[Dp]) for kernel, sizes in tiles.items() if kernel != "one_pass"
+    ]
     return [*kernels, f"rows_of_backward<{ctype}>", "ends"]
 
 
 # Heads that need every pair of a type and a padded size; the first of each type by default, as each costs seconds of
 # compiling: where D is the padded size, and where zeros fill it up.
 SIZES = {"float": [(33, 64), (68, 127)], "bf16": [(40, 64), (16, 32), (72, 96), (128,)]}
-SIZES["fp16"] = [(104, 128), (32,), (64,), (88,)]
+SIZES["fp16"] = [(104,), (32,), (64,), (128, 88)]
 ORDERS = ["forward", "reversed"]
 
 
@@ -366,8 +368,6 @@ FAULTS = {
     "the head of another group": ("forward", "bf16", (GROUP, GROUP.replace("h / (H / Hk)", "h % Hk"))),
     "another swizzle where it is read": ("forward", "bf16", ("address ^ chunks", "address + chunks")),
     "no zeros behind the last row": ("forward", "bf16", ("first + row + i < total && chunk", "chunk")),
-    "one head of the group": ("backward_keys", "bf16", ("++next_h, next_i0 = first", "next_h = Hk * group")),
-    "no wait in the keys' kernel": ("backward_keys", "bf16", without(KEYS_END, "cp_async_wait<0>();")),
     "ds is read before it is there": (
         "one_pass",
         "bf16",
@@ -401,6 +401,8 @@ MORE_FAULTS = {
     "no wait in the queries' kernel": ("backward_queries", "bf16", without(QUERIES_END, "cp_async_wait<0>();")),
     "no barrier in the queries' kernel": ("backward_queries", "bf16", without(QUERIES_END, "__syncthreads();")),
     "no barrier in the keys' kernel": ("backward_keys", "bf16", without(KEYS_END, "__syncthreads();")),
+    "one head of the group": ("backward_keys", "bf16", ("++next_h, next_i0 = first", "next_h = Hk * group")),
+    "no wait in the keys' kernel": ("backward_keys", "bf16", without(KEYS_END, "cp_async_wait<0>();")),
     "queries before the key": ("backward_keys", "bf16", ("max(j - shift, 0)", "max(j - shift - 1, 0)")),
     "a tile of queries is left out": (
         "backward_keys",
