@@ -226,7 +226,7 @@ FAULTS = {
     "kernels/adamw.py": [
         ("lr / (1 - beta1**step)", "lr", "adamw: the first moment's bias is not corrected"),
         ("(np.sqrt(v_i) * root + eps)", "np.sqrt(v_i * root * root + eps)", "adamw: eps stands inside the root"),
-        ("decays = 1 - lr * weight_decay,", "decays = 1 - weight_decay,", "adamw: the decay without the learning rate"),
+        ("(1 - lr * weight_decay,", "(1 - weight_decay,", "adamw: the decay without the learning rate"),
     ],
     "kernels/jit.py": [
         ("y = _ZERO if x < _LOW else y\n        ", "", "exp: e^-inf is not 0"),
