@@ -36,11 +36,11 @@ class Kernel:
         self._example, self._saved = example, saved
         KERNELS.append(self)
 
-    def example(self, rng, size, dtype=np.float64):
-        """(args, kwargs) of one call, with floats of this dtype."""
+    def example(self, rng, size, dtype=np.float64, place=lambda x: x):
+        """(args, kwargs) of one call, with floats of this dtype; `place` brings each array to where it is to be."""
         args, kwargs = self._example(rng, size)
         args = [x.astype(dtype) if hasattr(x, "dtype") and x.ndim and x.dtype.kind == "f" else x for x in args]
-        return tuple(self._saved(*args)), kwargs
+        return tuple(self._saved(*(place(x) if hasattr(x, "dtype") and x.ndim else x for x in args))), kwargs
 
     def __repr__(self):
         return f"Kernel({self.name!r}, versions={['reference', *self.versions]})"
