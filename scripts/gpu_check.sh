@@ -32,7 +32,9 @@ bench() { # bench SECONDS NAME OPTIONS ...: a training step beside PyTorch's
 
 {
     part 30 gpu nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-    part 100 device "$python" -m pytest -q tests/test_device.py -k on_a_real_gpu
+    # plain pytest is enough: of the project's own options, only the import mode is needed
+    part 110 device "$python" -m pytest -q -o addopts=--import-mode=importlib tests/test_blas.py tests/test_device.py \
+        -k "gpu_and_the_cpu_agree or runs_on_the_gpu or no_update_waits or test_blas"
     part 150 kernels-bfloat16 "$python" scripts/bench_kernels.py --device cuda --dtype bfloat16 --check \
         --json "$out/kernels-bfloat16.json"
     part 60 kernels-float32 "$python" scripts/bench_kernels.py --device cuda --dtype float32 --check --rounds 3 \
