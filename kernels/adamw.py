@@ -154,7 +154,8 @@ def cuda_sum_of_squares(x):
 
 
 def _example(rng, size):
-    n = 10_000_000 if size == "large" else int(rng.choice([1, 5, 67, _PIECE + 1]))
+    sizes = {"large": 10_000_000, "gpu": 124_000_000}
+    n = sizes[size] if size in sizes else int(rng.choice([1, 5, 67, _PIECE + 1]))
     p, m, v, g = rng.standard_normal((4, n))
     constants = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "scale": 0.5}
     return (p, m, v * v, g), {**constants, "step": int(rng.integers(1, 100))}

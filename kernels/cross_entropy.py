@@ -268,7 +268,8 @@ def cuda_fused_inplace(logits, targets, a, z, c, d, scale):
 
 
 def _example(rng, size):
-    N, V = (2048, 8192) if size == "large" else (int(rng.integers(1, 8)), int(rng.choice([1, 2, 5, 16, 31, 67, 130])))
+    sizes = {"large": (2048, 8192), "gpu": (8192, 50304)}
+    N, V = sizes.get(size) or (int(rng.integers(1, 8)), int(rng.choice([1, 2, 5, 16, 31, 67, 130])))
     logits = rng.standard_normal((N, V)) * (rng.choice([30, 1e4]) if size == "extreme" else 1)
     targets = rng.integers(0, V, N)
     if size == "extreme" and rng.random() < 0.5:  # forbidden tokens, and ties for the largest
@@ -276,7 +277,7 @@ def _example(rng, size):
         logits[:, : V // 2] = logits[:, :1]
         logits[np.arange(N), targets] = logits[:, 0] = 0.5
     targets[rng.random(N) < 0.2] = -100
-    return (logits, targets, float(rng.choice([1.0, 0.7]))), {}
+    return (logits, targets, 1.0 if size in sizes else float(rng.choice([1.0, 0.7]))), {}
 
 
 def _backward_example(rng, size):

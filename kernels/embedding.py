@@ -149,8 +149,8 @@ def cuda_backward(dy, ids, V):
 
 
 def _example(rng, size):
-    if size == "large":
-        N, V, D = 8192, 8192, 512
+    if size in ("large", "gpu"):
+        N, V, D = (8192, 8192, 512) if size == "large" else (32768, 50304, 768)
     else:
         N, V, D = (int(rng.choice(n)) for n in ([1, 2, 5, 67], [1, 3, 50], [1, 7, 33, 67]))
     return N, V, D, rng.integers(0, V, N)

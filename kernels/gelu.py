@@ -155,9 +155,11 @@ def cuda_backward(dy, x, approximate):
 
 def _example(arrays):
     def example(rng, size):
-        shape = (4096, 1408) if size == "large" else (int(rng.choice([1, 2, 5, 67])), int(rng.choice([1, 7, 16, 67])))
+        sizes = {"large": (4096, 1408), "gpu": (32768, 3072)}
+        shape = sizes.get(size) or (int(rng.choice([1, 2, 5, 67])), int(rng.choice([1, 7, 16, 67])))
         spread = 8 if size == "extreme" else 1
-        return (*(rng.standard_normal(shape) * spread for _ in range(arrays)), str(rng.choice(["none", "tanh"]))), {}
+        arguments = [rng.standard_normal(shape) * spread for _ in range(arrays)]
+        return (*arguments, "tanh" if size in sizes else str(rng.choice(["none", "tanh"]))), {}
 
     return example
 

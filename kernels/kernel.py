@@ -19,24 +19,28 @@ class Kernel:
     reference  plain array code for any device and float dtype: the specification the versions are tested against
     versions   {"numba": function, "cuda": function, ...}, same arguments and results as the reference
     example    example(rng, size) -> (args, kwargs) in float64; size is "ragged" (small, awkward), "extreme" (as small,
-               with the largest values the kernel must bear) or "large" (for timing)
+               with the largest values the kernel must bear), "large" (for timing) or "gpu" (for timing there; the rng
+               may then be CuPy's, which has standard_normal, random, uniform and integers). A name that begins with
+               "gpu, " is another such size, where a kernel has one
     saved      for a backward: saved(*args) -> args in which what the forward had saved is the forward's own result
+    operations operations(*args) -> multiplications and additions of a call, where these take the time, and not the
+               bytes that it moves: then 0
 
     Calling a Kernel runs the fastest version for the first array's device and dtype, or the reference where there is
     none.
     MINILLM_KERNELS=reference in the environment makes every call take the reference.
     """
 
-    def __init__(self, name, *, reference, versions, example, saved=lambda *args: args):
-        self.name, self.reference, self.versions = name, reference, versions
+    def __init__(self, name, *, reference, versions, example, saved=lambda *args: args, operations=lambda *args: 0):
+        self.name, self.reference, self.versions, self.operations = name, reference, versions, operations
         self._example, self._saved = example, saved
         KERNELS.append(self)
 
-    def example(self, rng, size, dtype=np.float64):
-        """(args, kwargs) of one call, with floats of this dtype."""
+    def example(self, rng, size, dtype=np.float64, place=lambda x: x):
+        """(args, kwargs) of one call, with floats of this dtype; `place` brings each array to where it is to be."""
         args, kwargs = self._example(rng, size)
-        args = [x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x for x in args]
-        return tuple(self._saved(*args)), kwargs
+        args = [x.astype(dtype) if hasattr(x, "dtype") and x.ndim and x.dtype.kind == "f" else x for x in args]
+        return tuple(self._saved(*(place(x) if hasattr(x, "dtype") and x.ndim else x for x in args))), kwargs
 
     def __repr__(self):
         return f"Kernel({self.name!r}, versions={['reference', *self.versions]})"

@@ -159,8 +159,8 @@ def cuda_backward(dy, x, weight, u, r):
 
 
 def _example(rng, size):
-    if size == "large":
-        N, D = 8192, 512
+    if size in ("large", "gpu"):
+        N, D = (8192, 512) if size == "large" else (65536, 768)
     else:
         N, D = int(rng.choice([1, 2, 5, BLOCK - 1, BLOCK + 1, 2 * BLOCK + 1])), int(rng.choice([3, 7, 16, 67]))
     return (rng.standard_normal((N, D)), rng.standard_normal(D), rng.standard_normal(D), 1e-5), {}

@@ -89,8 +89,8 @@ def cuda_rope(x, cos, sin):
 
 
 def _example(rng, size):
-    if size == "large":
-        B, T, H, D = 8, 512, 8, 64
+    if size in ("large", "gpu"):
+        B, T, H, D = (8, 512, 8, 64) if size == "large" else (32, 1024, 12, 64)
     else:
         B, T, H, D = (int(rng.choice(n)) for n in ([1, 2, 3], [1, 2, 5, 67], [1, 3], [2, 6, 16, 34]))
     angles = rng.uniform(0, 100, (T, D // 2))

@@ -206,7 +206,8 @@ def cuda_backward(dy, gate, up):
 
 def _example(arrays):
     def example(rng, size):
-        shape = (4096, 1408) if size == "large" else (int(rng.choice([1, 2, 5, 67])), int(rng.choice([1, 7, 16, 33])))
+        sizes = {"large": (4096, 1408), "gpu": (32768, 2048)}
+        shape = sizes.get(size) or (int(rng.choice([1, 2, 5, 67])), int(rng.choice([1, 7, 16, 33])))
         spread = 30 if size == "extreme" else 1
         return tuple(spread * rng.standard_normal(shape) for _ in range(arrays)), {}
 

@@ -300,16 +300,11 @@ def _mean_weights(targets, weights, like):
     return used.astype(like) / xp_of(targets).maximum(used.sum(), 1).astype(like)
 
 
-def _loss_rows(logits, targets, label_smoothing, z_loss):
-    """Per row: the loss, m, log_total, and the loss's gradient as backward's a, c and d (b is 0) per unit of weight."""
-    V = logits.shape[1]
-    m, log_total, x_target, x_sum, _ = cross_entropy_kernels.forward(logits, targets, 1.0)
+def _loss_rows(V, m, log_total, x_target, x_sum, label_smoothing, z_loss):
+    """Each row's loss, of the kernel's statistics of its V logits."""
     lse = m + log_total
     loss = (1 - label_smoothing) * (log_total - x_target) + z_loss * lse * lse
-    if label_smoothing:
-        loss += label_smoothing * (log_total - x_sum / V)
-    one = xp_of(m).ones_like(m)
-    return loss, m, log_total, one + 2 * z_loss * lse, (label_smoothing - 1) * one, -label_smoothing / V * one
+    return loss + label_smoothing * (log_total - x_sum / V) if label_smoothing else loss
 
 
 @op
@@ -328,11 +323,13 @@ def cross_entropy(logits, targets, *, weights=None, ignore_index=-100, label_smo
     flat = _checked_targets("cross_entropy", shape[:-1], targets, V, ignore_index, weights)
     w = beside(_mean_weights(flat, weights, upcast(rows[:0]).dtype), rows)
     flat = beside(flat, rows)
-    loss, m, log_total, a, c, d = _loss_rows(rows, flat, label_smoothing, z_loss)
+    m, log_total, x_target, x_sum, _ = cross_entropy_kernels.forward(rows, flat, 1.0)
+    loss = _loss_rows(V, m, log_total, x_target, x_sum, label_smoothing, z_loss)
+    a, c, d = 1 + 2 * z_loss * (m + log_total), label_smoothing - 1, -label_smoothing / V
 
     def back(g):
         wg = w * g
-        dlogits = cross_entropy_kernels.backward(rows, flat, m, log_total, wg * a, 0 * wg, wg * c, wg * d, 1.0)
+        dlogits = cross_entropy_kernels.backward(rows, flat, m, log_total, wg * a, 0 * wg, c * wg, d * wg, 1.0)
         return dlogits.reshape(shape)
 
     return (loss * w).sum(), (back, None)
@@ -433,9 +430,9 @@ def linear_cross_entropy(
     hidden (..., D), weight (V, D), targets (...) int; the options are cross_entropy's.
 
     dhidden = g dlogits weight, dweight = g dlogits^T hidden, with cross_entropy's dlogits (kernels/cross_entropy.py).
-    The result is a scalar whose token weights are known beforehand, so a chunk's dlogits are made, in place, as soon as
-    its logits are there, and the two products with them; on the way back they are only multiplied by g. Without a
-    gradient to make (no_grad), none is. Rows that are ignored cost nothing.
+    The result is a scalar whose token weights are known beforehand, so a chunk's dlogits are made, in place, with the
+    statistics of its logits, which are read once, and then the two products with them; on the way back they are only
+    multiplied by g. Without a gradient to make (no_grad), none is. Rows that are ignored cost nothing.
     Keeps dhidden and dweight.
     Example: linear_cross_entropy(randn(B, T, D), randn(V, D), ids(V, B, T), weights=positive(B, T), rows_per_chunk=3)
     """
@@ -449,12 +446,14 @@ def linear_cross_entropy(
     total = xp.zeros((), w.dtype)
     for chunk in _row_chunks(h, V, rows_per_chunk):
         logits = multiply(h[chunk], cast_weight.T)
-        loss, m, log_total, a, c, d = _loss_rows(logits, t[chunk], label_smoothing, z_loss)
-        total = total + (loss * w[chunk]).sum()
+        wc = w[chunk]
         if any(needs):
-            wc = w[chunk]
-            rows_of_gradient = (m, log_total, wc * a, 0 * wc, wc * c, wc * d)
-            gradient.add(chunk, cross_entropy_kernels.backward_inplace(logits, t[chunk], *rows_of_gradient, 1.0))
+            rows_of_gradient = wc, 2 * z_loss * wc, (label_smoothing - 1) * wc, -label_smoothing / V * wc
+            dlogits, *found = cross_entropy_kernels.fused_inplace(logits, t[chunk], *rows_of_gradient, 1.0)
+            gradient.add(chunk, dlogits)
+        else:
+            *found, _ = cross_entropy_kernels.forward(logits, t[chunk], 1.0)
+        total = total + (_loss_rows(V, *found, label_smoothing, z_loss) * wc).sum()
     dhidden, dweight, shape = gradient.dhidden, gradient.dweight, hidden.shape
     return total, (
         lambda g: _spread(dhidden * g.astype(dhidden.dtype), rows, shape),

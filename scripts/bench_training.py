@@ -2,13 +2,17 @@
 Time whole training steps: this engine against PyTorch, the same model, the same weights, the same rows, in turns.
 
     python scripts/bench_training.py --rounds 20
+    python scripts/bench_training.py --device cuda --precision bfloat16 --compile --vocab 50304 --width 768 \\
+        --layers 12 --heads 12 --length 1024 --batch 32
 
 A step is forward, loss, backward, gradient norm, clipping and AdamW. Both sides start from the same weights; the losses
 of the first steps stand beside each other, so that it is the same job. Where PyTorch is not installed, this engine is
-timed alone.
+timed alone. On a GPU a turn is --steps steps, after which the GPU is waited for, and not one: neither side waits for it
+within them. With bfloat16, PyTorch's side runs under autocast; weights, gradients and moments are float32 on both.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -17,8 +21,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
 from minillm.data.pack import Batch
+from minillm.kernels.device import check_device, to_host, xp_of
 from minillm.model import Config, build
-from minillm.optim import AdamW, clip_scale
+from minillm.optim import AdamW, clip_scale, gpu_clip_scale
+from minillm.scaling import flops_per_token
 from minillm.trainers.common import next_token_backward
 
 import numpy as np  # isort: skip  (minillm first: it sets up the threads that NumPy's BLAS will have)
@@ -35,32 +41,44 @@ def parse(arguments):
         "batch": 32,
         "rounds": 20,
         "workers": 1,
+        "steps": 0,
     }
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"({value})")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of activations")
     parser.add_argument("--compile", action="store_true", help="PyTorch's side through torch.compile")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     options = parser.parse_args(arguments)
+    options.steps = options.steps or (1 if options.device == "cpu" else 10)
     if min(getattr(options, name) for name in sizes) < 1:
         parser.error("sizes have to be at least 1")
+    if options.device == "cuda" and options.workers > 1:
+        parser.error("--workers are for the processor's cores")
+    try:
+        check_device(options.device)
+    except (ValueError, ModuleNotFoundError) as error:
+        parser.error(str(error))
     return options
 
 
-def minillm_step(config, seed, workers):
-    """A function that makes one step on a Batch and returns the loss."""
-    model = build(config, seed)
+def minillm_step(config, o):
+    """A function that makes one step on a Batch and returns the loss, which on a GPU nobody has waited for."""
+    model = build(config, o.seed).to(o.device, o.precision)
     optimizer = AdamW(model.parameters, lr=1e-3)
+    scale_of = gpu_clip_scale if o.device == "cuda" else clip_scale
 
     def step(batch):
-        loss = next_token_backward(model, batch, 0, workers)
-        optimizer.step(scale=clip_scale(optimizer.grad_norm(), 1.0))
+        loss = next_token_backward(model, batch, 0, o.workers)
+        optimizer.step(scale=scale_of(optimizer.grad_norm(), 1.0))
         optimizer.zero_grad()
         return loss
 
     return step, model
 
 
-def torch_step(config, model, compiled):
+def torch_step(config, model, o):
     """The same in PyTorch, eager or compiled, starting from the weights that `model` has now."""
     import torch
     from torch import nn
@@ -98,16 +116,19 @@ def torch_step(config, model, compiled):
             self.norm = nn.RMSNorm(width, eps=config.norm_eps)
 
         def forward(self, tokens, targets):
-            angle = torch.arange(tokens.shape[1])[:, None] / config.rope_theta ** (torch.arange(0, D, 2) / D)
-            cos, sin = angle.cos(), angle.sin()
+            position, pair = (torch.arange(*n, device=tokens.device) for n in ((tokens.shape[1],), (0, D, 2)))
+            angle = position[:, None] / config.rope_theta ** (pair / D)
             x = self.embedding(tokens)
+            cos, sin = angle.cos().to(kind), angle.sin().to(kind)
+            x = x.to(kind)
             for block in self.blocks:
                 x = block(x, cos, sin)
             logits = self.norm(x) @ self.embedding.weight.T
             return cross_entropy(logits.view(-1, V), targets.reshape(-1))
 
-    theirs = Llama()
-    arrays = {name: torch.from_numpy(p.data.copy()) for name, p in model.parameters.items()}
+    kind = getattr(torch, o.precision)
+    theirs = Llama().to(o.device)
+    arrays = {name: torch.from_numpy(to_host(p.data).copy()) for name, p in model.parameters.items()}
 
     def layer(i, name):
         return arrays[f"model.layers.{i}.{name}.weight"]
@@ -125,18 +146,29 @@ def torch_step(config, model, compiled):
     matrices = [p for p in theirs.parameters() if p.ndim >= 2]
     vectors = [p for p in theirs.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
-    run = torch.compile(theirs) if compiled else theirs
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, fused=o.device == "cuda" or None)
+    run = torch.compile(theirs) if o.compile else theirs
 
     def step(batch):
-        loss = run(torch.from_numpy(batch.x.astype(np.int64)), torch.from_numpy(batch.y.astype(np.int64)))
+        x, y = (torch.from_numpy(ids.astype(np.int64)).to(o.device, non_blocking=True) for ids in (batch.x, batch.y))
+        with torch.autocast(o.device, kind, enabled=o.precision != "float32"):
+            loss = run(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss.item() if o.device == "cpu" else loss.detach()
 
     return step
+
+
+def memory_taken(name, model):
+    """Bytes of the GPU that one side has taken, at most so far."""
+    if name == "minillm":
+        return xp_of(model.flat).get_default_memory_pool().total_bytes()
+    import torch
+
+    return torch.cuda.max_memory_reserved()
 
 
 def main():
@@ -150,38 +182,50 @@ def main():
     )
     rng = np.random.default_rng(o.seed)
     start, mask = np.zeros((o.batch, o.length), np.int32), np.ones((o.batch, o.length), bool)
-    shape = (o.batch, o.length + 1)
-    batches = [Batch(rng.integers(0, o.vocab, shape).astype(np.int32), start, mask) for _ in range(o.rounds + 3)]
-    ours, model = minillm_step(config, o.seed, o.workers)
+    shape, turns = (o.batch, o.length + 1), o.rounds + 3
+    batches = [Batch(rng.integers(0, o.vocab, shape).astype(np.int32), start, mask) for _ in range(turns * o.steps)]
+    ours, model = minillm_step(config, o)
     sides = {"minillm": ours}
     try:
         import torch
 
-        name = f"PyTorch {torch.__version__}, {'compiled' if o.compile else 'eager'}, {torch.get_num_threads()} threads"
-        sides[name] = torch_step(config, model, o.compile)
+        where = f"{torch.get_num_threads()} threads" if o.device == "cpu" else torch.cuda.get_device_name()
+        name = f"PyTorch {torch.__version__}, {'compiled' if o.compile else 'eager'}, {where}"
+        sides[name] = torch_step(config, model, o)
     except ModuleNotFoundError:
         print("PyTorch is not installed: this engine alone")
     parameters = sum(p.size for p in model.parameters.values())
-    print(f"{parameters:,} parameters, {o.batch} rows of {o.length} tokens, float32")
+    print(f"{parameters:,} parameters, {o.batch} rows of {o.length} tokens, {o.precision}, {o.device}")
     times, losses = {name: [] for name in sides}, {name: [] for name in sides}
-    for n, batch in enumerate(batches):
+    for turn in range(turns):
         for name, step in sides.items():
             begin = time.perf_counter()
-            losses[name].append(step(batch))
-            if n >= 3:  # the first ones compile and warm up
-                times[name].append(time.perf_counter() - begin)
-    print(f"{'':<40}{'best ms':>9}{'median ms':>11}{'tokens/s':>10}   losses of the first steps")
+            found = [step(batch) for batch in batches[turn * o.steps : (turn + 1) * o.steps]]
+            losses[name] += map(float, found)  # waits for the GPU
+            if turn >= 3:  # the first ones compile and warm up
+                times[name].append((time.perf_counter() - begin) / o.steps)
+    print(f"{'':<48}{'best ms':>9}{'median ms':>11}{'tokens/s':>12}   losses of the first steps")
+    tokens, noted = o.batch * o.length, {"command": " ".join(sys.argv), "parameters": parameters}
     for name in sides:
         best, median = min(times[name]), statistics.median(times[name])
         shown = " ".join(f"{loss:.5f}" for loss in losses[name][:4])
-        print(f"{name:<40}{best * 1e3:>9.1f}{median * 1e3:>11.1f}{o.batch * o.length / median:>10,.0f}   {shown}")
+        print(f"{name:<48}{best * 1e3:>9.1f}{median * 1e3:>11.1f}{tokens / median:>12,.0f}   {shown}")
+        noted[name] = {"median": median, "best": best, "tokens_per_second": tokens / median, "losses": losses[name]}
+    if o.device == "cuda":
+        operations = tokens * flops_per_token(config, o.length)["training"]
+        for name in sides:
+            memory, rate = memory_taken(name, model), operations / noted[name]["median"]
+            noted[name] |= {"memory": memory, "operations_per_second": rate}
+            print(f"{name:<48}{rate / 1e12:>9.1f} TFLOP/s of the model, {memory / 2**30:.1f} GiB")
     if len(sides) == 2:
         first, second = times.values()
         ratios = sorted(b / a for a, b in zip(first, second, strict=True))
         low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-        median = statistics.median(ratios)
-        spread = f"median of {len(ratios)} pairs of steps; middle half {low:.2f} to {high:.2f}"
+        median = noted["ratio"] = statistics.median(ratios)
+        spread = f"median of {len(ratios)} pairs of turns; middle half {low:.2f} to {high:.2f}"
         print(f"speed against PyTorch: {median:.2f}x ({spread})")
+    if o.json:
+        o.json.write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """Every CUDA kernel goes through NVRTC, which needs no GPU: no spilled register, no array in memory, registers as the
 design allows. And the little that stands between a launcher and the GPU."""
 
+import concurrent.futures
 import importlib
+import itertools
+import multiprocessing
+import os
 import pkgutil
 import re
 from types import SimpleNamespace
@@ -15,6 +19,7 @@ from minillm.kernels import cuda, device
 MODULES = [importlib.import_module(f"minillm.kernels.{m.name}") for m in pkgutil.iter_modules(minillm.kernels.__path__)]
 SOURCES = sorted({x for m in MODULES for x in vars(m).values() if isinstance(x, cuda.Source)}, key=lambda s: s.name)
 FILES = sorted(cuda.FOLDER.glob("*.cu"))
+OTHERS = ("sm_80", "sm_100")
 every_source = pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.name)
 
 
@@ -23,15 +28,46 @@ def one_of_each_kernel(source):
     return list({instance.split("<")[0]: instance for instance in reversed(source.instances)}.values())
 
 
-def check_resources(source, instances, architecture):
-    """Compile, and complain of what does not fit in registers. The budget is for sm_90, whose compiler it was read off;
-    another architecture's may use a few more."""
-    found = cuda.compile_instances(source, instances, architecture)
+def check_resources(source, found, architecture):
+    """Complain of what does not fit in registers. The budget is for sm_90, whose compiler it was read off; another
+    architecture's may use a few more."""
     for instance, made in found.items():
-        what = f"{source.name}, {instance}, {architecture}: {made._replace(code=b'')}"
+        what = f"{source.name}, {instance}, {architecture}: {made._replace(code=made.code[:4])}"
         assert made.code.startswith(b"\x7fELF"), what
         assert made.spilled == 0 and made.stack == 0, what
         assert made.registers <= (source.instances[instance] if architecture == "sm_90" else 255), what
+
+
+def compile_part(name, instances, architecture):
+    """compile_instances in another process."""
+    return cuda.compile_instances(next(s for s in SOURCES if s.name == name), instances, architecture)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """compiled(source, instances, architecture) -> {instance: Compiled}. All cores compile what the default tests will
+    ask for, from the first question on, the longest first: it is most of what this file takes."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        started = {}
+
+        def start(source, instances, architecture):
+            parts = [instances[i : i + 5] for i in range(0, len(instances), 5)]
+            key = source.name, architecture, *instances
+            started[key] = [pool.submit(compile_part, source.name, part, architecture) for part in parts]
+            return started[key]
+
+        for source in sorted(SOURCES, key=lambda s: s.name != "attention.cu"):
+            start(source, list(source.instances), "sm_90")
+        for architecture, source in itertools.product(OTHERS, SOURCES):
+            start(source, one_of_each_kernel(source), architecture)
+
+        def compiled(source, instances, architecture):
+            parts = started.get((source.name, architecture, *instances)) or start(source, instances, architecture)
+            return {name: made for part in parts for name, made in part.result().items()}
+
+        yield compiled
+        pool.shutdown(cancel_futures=True)
 
 
 def test_every_file_has_a_source_and_every_kernel_an_instance():
@@ -51,21 +87,22 @@ def test_instructions_stand_in_common_cuh_alone(file):
 
 
 @every_source
-def test_every_instance_fits_in_its_registers(source):
-    check_resources(source, list(source.instances), "sm_90")
+def test_every_instance_fits_in_its_registers(source, compiled):
+    check_resources(source, compiled(source, list(source.instances), "sm_90"), "sm_90")
 
 
+@pytest.mark.parametrize("architecture", OTHERS)
 @every_source
-def test_other_architectures_take_it_too(source):
-    for architecture in ("sm_80", "sm_100"):
-        check_resources(source, one_of_each_kernel(source), architecture)
+def test_other_architectures_take_it_too(source, architecture, compiled):
+    check_resources(source, compiled(source, one_of_each_kernel(source), architecture), architecture)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_100", "sm_120"])
 @every_source
-def test_every_instance_on_every_architecture(source, architecture):
-    check_resources(source, list(source.instances), architecture)
+def test_every_instance_on_every_architecture(source, architecture, compiled):
+    check_resources(source, compiled(source, list(source.instances), architecture), architecture)
 
 
 # ------------------------------------------------------------------ compiling, loading, launching
@@ -96,7 +133,7 @@ __global__ void __launch_bounds__(1024, 2) greedy(float* x) {
 """
     source = source_of(text, tmp_path, greedy=32)
     with pytest.raises(AssertionError, match="spilled"):
-        check_resources(source, ["greedy"], "sm_90")
+        check_resources(source, cuda.compile_instances(source, ["greedy"], "sm_90"), "sm_90")
 
 
 def test_a_mistake_in_a_kernel_is_told_with_its_line(tmp_path):
