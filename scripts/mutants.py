@@ -134,8 +134,12 @@ FAULTS = {
             "used.astype(like) / xp_of(targets).maximum(used.size, 1).astype(like)",
             "cross_entropy: the mean counts ignored tokens too",
         ),
-        ("one + 2 * z_loss * lse", "one + z_loss * lse", "cross_entropy: the z-loss's gradient without the 2"),
-        ("-label_smoothing / V * one", "-label_smoothing * one", "cross_entropy: label smoothing without 1 / V"),
+        ("1 + 2 * z_loss *", "1 + z_loss *", "cross_entropy: the z-loss's gradient without the 2"),
+        (
+            "label_smoothing - 1, -label_smoothing / V\n",
+            "label_smoothing - 1, -label_smoothing\n",
+            "cross_entropy: label smoothing without 1 / V",
+        ),
         ("wg = w * g", "wg = w", "cross_entropy: the incoming gradient is forgotten"),
         (
             "m, log_total, *coefficients, 1 / temperature)",
@@ -154,8 +158,8 @@ FAULTS = {
             "linear_cross_entropy: dweight adds up in 16 bits",
         ),
         (
-            "(m, log_total, wc * a, 0 * wc, wc * c, wc * d)",
-            "(m, log_total, wc * a, 0 * wc, c, wc * d)",
+            "(label_smoothing - 1) * wc",
+            "(label_smoothing - 1) * xp.ones_like(wc)",
             "linear_cross_entropy: the target's term without the token's weight",
         ),
     ],
