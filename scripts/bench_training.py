@@ -82,10 +82,13 @@ def torch_step(config, model, o):
     """The same in PyTorch, eager or compiled, starting from the weights that `model` has now."""
     import torch
     from torch import nn
-    from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
+    from torch.nn.functional import cross_entropy, rms_norm, scaled_dot_product_attention, silu
 
     D, H, V = config.head_dim, config.num_attention_heads, config.vocab_size
     width = config.hidden_size
+
+    def normed(norm, x):  # of one dtype with its weight, else PyTorch's fused version is not taken
+        return rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
     class Block(nn.Module):
         def __init__(self):
@@ -97,7 +100,7 @@ def torch_step(config, model, o):
 
         def forward(self, x, cos, sin):
             B, T, _ = x.shape
-            q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)
+            q, k, v = self.qkv(normed(self.norm1, x)).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)
 
             def turn(y):
                 a, b = y.chunk(2, -1)
@@ -105,7 +108,7 @@ def torch_step(config, model, o):
 
             y = scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True)
             x = x + self.out(y.transpose(1, 2).reshape(B, T, width))
-            gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
+            gate, up = self.gate_up(normed(self.norm2, x)).chunk(2, -1)
             return x + self.down(silu(gate) * up)
 
     class Llama(nn.Module):
@@ -123,7 +126,7 @@ def torch_step(config, model, o):
             x = x.to(kind)
             for block in self.blocks:
                 x = block(x, cos, sin)
-            logits = self.norm(x) @ self.embedding.weight.T
+            logits = normed(self.norm, x) @ self.embedding.weight.T
             return cross_entropy(logits.view(-1, V), targets.reshape(-1))
 
     kind = getattr(torch, o.precision)

@@ -555,7 +555,7 @@ def test_the_heads_on_a_device(cupy, kind, monkeypatch):
         for put in (cupy.put, lambda a: a):
             h, weight = Tensor(put(hidden), requires_grad=True), Tensor(put(w), requires_grad=True)
             cupy.library.calls.clear()
-            value = head(h, weight, put(targets))
+            value = head(h, weight, targets)
             value.backward()
             results.append([value.data, h.grad, weight.grad])
             assert (cupy.library.calls.count("cublasLtMatmul") >= 9) == (put == cupy.put)
