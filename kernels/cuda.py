@@ -128,6 +128,8 @@ def _nvrtc():
         raise ImportError(
             f"CUDA kernels need NVRTC: pip install 'minillm-train[cuda13]' (or [cuda12]): {error}"
         ) from None
+    if headers is None:
+        raise ImportError("CUDA kernels need CUDA's headers: pip install 'minillm-train[cuda13]' (or [cuda12])")
     library.nvrtcGetErrorString.restype = ctypes.c_char_p
     return library, headers
 
@@ -207,10 +209,15 @@ def _resources(log, symbol):
 class Gpu:
     """The GPU that CuPy's current device is."""
 
+    def __init__(self):
+        self._shared = {}  # bytes of dynamic shared memory that a function (by its address) has been allowed
+
     def launch(self, source, instance, grid, threads, arguments, shared):
         function = _function(source, instance, self._device())
-        if shared > STATIC_SHARED and function.max_dynamic_shared_size_bytes < shared:
-            function.max_dynamic_shared_size_bytes = shared
+        if shared > self._shared.get(function.ptr, STATIC_SHARED):
+            driver = cuda().driver
+            driver.funcSetAttribute(function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+            self._shared[function.ptr] = shared
         arguments = tuple(np.uintp(0) if a is None else a for a in arguments)
         function(grid, (threads, 1, 1), arguments, shared_mem=shared, stream=cuda().get_current_stream())
 

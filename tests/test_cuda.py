@@ -142,11 +142,33 @@ def test_a_mistake_in_a_kernel_is_told_with_its_line(tmp_path):
         cuda.compile_instances(source, ["doubled<float>"], "sm_90")
 
 
+class Function:
+    """As CuPy's: it has an address and can be called, and nothing else can be set on it."""
+
+    __slots__ = ("launched", "ptr", "symbol")
+
+    def __init__(self, symbol, launched):
+        self.symbol, self.launched, self.ptr = symbol, launched, id(symbol)
+
+    def __call__(self, grid, block, args, shared_mem=0, stream=None):
+        self.launched.append((self.symbol, grid, block, args, shared_mem, stream))
+
+
 class FakeDevice:
     """As much of cupy.cuda as a launch needs; the "GPU" notes what it was given."""
 
     def __init__(self):
-        self.loaded, self.launched = [], []
+        self.loaded, self.launched, self.allowed = [], [], []
+        self.driver = SimpleNamespace(
+            CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
+            funcSetAttribute=lambda function, attribute, value: self.allowed.append((attribute, value)),
+        )
+
+        class Module:
+            load = lambda _, code: self.loaded.append(code)
+            get_function = lambda _, symbol: Function(symbol, self.launched)
+
+        self.function = SimpleNamespace(Module=Module)
 
     def Device(self, number=0):
         return SimpleNamespace(id=number, compute_capability="90", attributes={"MultiProcessorCount": 132})
@@ -154,25 +176,13 @@ class FakeDevice:
     def get_current_stream(self):
         return "stream"
 
-    @property
-    def function(self):
-        def function(grid, block, arguments, shared_mem, stream):
-            self.launched.append((grid, block, arguments, shared_mem, stream))
-
-        class Module:
-            load = lambda _, code: self.loaded.append(code)
-            get_function = lambda _, symbol: setattr(function, "symbol", symbol) or function
-
-        function.max_dynamic_shared_size_bytes = cuda.STATIC_SHARED
-        self.last = function
-        return SimpleNamespace(Module=Module)
-
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     fake = FakeDevice()
     monkeypatch.setattr(cuda, "cuda", lambda: fake)
     monkeypatch.setattr(cuda, "cache_root", lambda: tmp_path)
+    monkeypatch.setattr(cuda, "backend", cuda.Gpu())
     cuda._function.cache_clear()
     yield fake
     cuda._function.cache_clear()
@@ -187,10 +197,11 @@ def test_a_kernel_is_compiled_once_and_then_read_from_the_disk(gpu, tmp_path, mo
         patch.setattr(cuda, "compile_instances", None)  # would not be callable
         source.launch("doubled<float>", (2, 3), 64, (x,), shared=100_000)
     assert gpu.loaded[0] == gpu.loaded[1] and gpu.loaded[0].startswith(b"\x7fELF")
-    assert gpu.last.symbol == "_Z7doubledIfEvPT_" and gpu.last.max_dynamic_shared_size_bytes == 100_000
-    first, second = gpu.launched
-    assert first[:2] == ((2, 1, 1), (32, 1, 1)) and second[:2] == ((2, 3, 1), (64, 1, 1))
-    assert first[2] == (x, np.uintp(0), np.int32(3)) and first[3:] == (1, "stream")
+    name, (first, second) = "_Z7doubledIfEvPT_", gpu.launched
+    assert first == (name, (2, 1, 1), (32, 1, 1), (x, np.uintp(0), np.int32(3)), 1, "stream")
+    assert second == (name, (2, 3, 1), (64, 1, 1), (x,), 100_000, "stream")
+    source.launch("doubled<float>", 1, 32, (x,), shared=60_000)
+    assert gpu.allowed == [(8, 100_000)]  # once, and only what is more than a block gets anyway
     edited = source_of(DOUBLED.replace("+", "*"), tmp_path / "source", **{"doubled<float>": 16})
     edited.launch("doubled<float>", 2, 32, (x,))
     assert gpu.loaded[2] != gpu.loaded[0]
