@@ -15,12 +15,11 @@ from .kernels.device import device_of, number, xp_of
 
 
 class Run(NamedTuple):
-    """Parameters that are neighbours in memory and are treated alike: flat views of data and gradient (n,)."""
+    """Parameters that are neighbours in memory and share their weight decay: flat views of data and gradient (n,)."""
 
     data: object
     grad: object
     decays: bool
-    rate: float  # what the learning rate is multiplied by
 
 
 def is_matrix(name, parameter):
@@ -28,17 +27,11 @@ def is_matrix(name, parameter):
     return parameter.ndim >= 2
 
 
-def one_rate(name, parameter):
-    """The learning rate as it is, for all."""
-    return 1.0
-
-
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, alg. 2); equations in kernels/adamw.py.
 
     parameters    {name: Tensor}; those with requires_grad=False are left alone. A gradient that is None becomes zeros.
     decays        function(name, Tensor) -> whether weight_decay applies to it
-    rates         function(name, Tensor) -> what the learning rate is multiplied by for it
     steps         how many updates have been made
     m, v          the moments, flat (n,) in the parameters' dtype, in the order of `parameters`
 
@@ -46,9 +39,7 @@ class AdamW:
     and so is whether an update is left out.
     """
 
-    def __init__(
-        self, parameters, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, decays=is_matrix, rates=one_rate
-    ):
+    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, decays=is_matrix):
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
         if not trained:
@@ -56,9 +47,8 @@ class AdamW:
         for p in trained.values():
             if p.grad is None:
                 p.grad = xp_of(p.data).zeros_like(p.data)
-        self.runs = _runs(trained, decays, rates)
-        alike = _runs(trained, lambda *_: True, one_rate)
-        self.gradients = [run.grad for run in alike]  # in as few pieces as there are
+        self.runs = _runs(trained, decays)
+        self.gradients = [run.grad for run in _runs(trained, lambda *_: True)]  # in as few pieces as there are
         first = self.runs[0].data
         size, xp = sum(run.data.size for run in self.runs), xp_of(first)
         self.m, self.v, self.steps = xp.zeros(size, first.dtype), xp.zeros(size, first.dtype), 0
@@ -69,7 +59,7 @@ class AdamW:
         update, too, until whoever reads of it takes it back."""
         self.steps += 1
         offset = 0
-        for data, grad, decays, rate in self.runs:
+        for data, grad, decays in self.runs:
             part = slice(offset, offset + data.size)
             offset += data.size
             adamw.step_inplace(
@@ -77,7 +67,7 @@ class AdamW:
                 self.m[part],
                 self.v[part],
                 grad,
-                lr=(self.lr if lr is None else lr) * rate,
+                lr=self.lr if lr is None else lr,
                 beta1=self.betas[0],
                 beta2=self.betas[1],
                 eps=self.eps,
@@ -110,22 +100,22 @@ class AdamW:
         return global_norm([run.grad for run in self.runs] if on_host else self.gradients)
 
 
-def _runs(parameters, decays, rates):
-    """`parameters` as Runs: neighbours in memory with the same weight decay and rate become one."""
-    spans = []  # [owner of the data, its first element, the one after the last, owner of the gradient, *(decays, rate)]
+def _runs(parameters, decays):
+    """`parameters` as Runs: neighbours in memory with the same weight decay become one."""
+    spans = []  # [owner of the data, its first element, the one after the last, owner of the gradient, decays]
     for name, p in parameters.items():
         data, begin = _place(name, p.data)
         grad, grad_begin = _place(name, p.grad)
         if p.grad.shape != p.shape or p.grad.dtype != p.dtype:
             raise ValueError(f"the gradient of {name} is not of its shape and dtype")
-        kind, last = [bool(decays(name, p)), float(rates(name, p))], spans[-1] if spans else None
-        if last and last[0] is data and last[3] is grad and last[2] == begin == grad_begin and last[4:] == kind:
+        decay, last = bool(decays(name, p)), spans[-1] if spans else None
+        if last and last[0] is data and last[3] is grad and last[2] == begin == grad_begin and last[4] == decay:
             last[2] += p.size
         elif begin == grad_begin:
-            spans.append([data, begin, begin + p.size, grad, *kind])
+            spans.append([data, begin, begin + p.size, grad, decay])
         else:  # its own memory on one side only
-            spans.append([p.data.reshape(-1), 0, p.size, p.grad.reshape(-1), *kind])
-    return [Run(data.reshape(-1)[a:b], grad.reshape(-1)[a:b], *kind) for data, a, b, grad, *kind in spans]
+            spans.append([p.data.reshape(-1), 0, p.size, p.grad.reshape(-1), decay])
+    return [Run(data.reshape(-1)[a:b], grad.reshape(-1)[a:b], decay) for data, a, b, grad, decay in spans]
 
 
 def _place(name, array):

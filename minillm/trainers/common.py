@@ -26,7 +26,7 @@ from ..files import read_object
 from ..hub import check_vocabulary, load_pretrained, read_config, save_pretrained
 from ..kernels.device import check_device, number, to_host, upcast
 from ..model import build
-from ..optim import AdamW, cosine_schedule, linear_schedule, one_rate
+from ..optim import AdamW, cosine_schedule, linear_schedule
 from ..parallel import in_shares
 from ..tokenizer import Tokenizer
 
@@ -154,9 +154,9 @@ class Settings:
         """The model on the device, with activations of the precision."""
         return model.to(self.device, self.precision)
 
-    def optimizer(self, parameters, rates=one_rate):
-        """An AdamW with these settings; rates: what lr is multiplied by for some parameters."""
-        return AdamW(parameters, self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay, rates=rates)
+    def optimizer(self, parameters):
+        """An AdamW with these settings."""
+        return AdamW(parameters, self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay)
 
     def learning_rate(self, step, steps):
         """The learning rate of update `step`, counted from 0."""
