@@ -28,7 +28,6 @@ from .device import cuda, xp_of
 from .jit import cache_root
 
 FOLDER = pathlib.Path(__file__).parent
-THREADS_PER_WARP = 32
 STATIC_SHARED = 48 << 10  # bytes of shared memory that a block gets without asking for more
 
 # The float types of the kernels, as NumPy and as CUDA C++ name them.
@@ -220,10 +219,6 @@ class Gpu:
             self._shared[function.ptr] = shared
         arguments = tuple(np.uintp(0) if a is None else a for a in arguments)
         function(grid, (threads, 1, 1), arguments, shared_mem=shared, stream=cuda().get_current_stream())
-
-    def multiprocessors(self):
-        """How many multiprocessors there are: a grid of a few times as many fills the GPU."""
-        return self._attributes(self._device())["MultiProcessorCount"]
 
     def shared_limit(self):
         """Bytes of shared memory that a block may have."""

@@ -37,7 +37,7 @@ import numba
 import numpy as np
 
 from minillm.kernels import blas
-from minillm.kernels.device import check_device, to_device, xp_of
+from minillm.kernels.device import check_device, gpu_name, to_device, xp_of
 from minillm.kernels.kernel import KERNELS
 from scripts.torch_kernels import counterparts
 
@@ -270,8 +270,8 @@ def about(options):
     if options.device == "cpu":
         return f"{platform.machine()}, {threads} threads, {versions}, {options.dtype}"
     cp = xp_of(to_device(np.zeros(1), "cuda"))
-    name = cp.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    return f"{name}, CuPy {cp.__version__}, CUDA {cp.cuda.runtime.runtimeGetVersion()}, {versions}, {options.dtype}"
+    toolkit = cp.cuda.runtime.runtimeGetVersion()
+    return f"{gpu_name()}, CuPy {cp.__version__}, CUDA {toolkit}, {versions}, {options.dtype}"
 
 
 def main():

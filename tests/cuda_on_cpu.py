@@ -35,13 +35,10 @@ class Cpu:
     edits  {file name: [(old, new), ...]}: faults to plant in the sources; each old text must stand there exactly once
     """
 
-    def __init__(self, order="forward", edits=None, multiprocessors=3, shared_limit=227 << 10):
+    def __init__(self, order="forward", edits=None, shared_limit=227 << 10):
         self.order, self.edits = order, edits or {}
-        self._multiprocessors, self._shared_limit = multiprocessors, shared_limit
+        self._shared_limit = shared_limit
         self.launched = []  # (file name, instance) of every launch
-
-    def multiprocessors(self):
-        return self._multiprocessors
 
     def shared_limit(self):
         return self._shared_limit

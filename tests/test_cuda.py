@@ -171,7 +171,7 @@ class FakeDevice:
         self.function = SimpleNamespace(Module=Module)
 
     def Device(self, number=0):
-        return SimpleNamespace(id=number, compute_capability="90", attributes={"MultiProcessorCount": 132})
+        return SimpleNamespace(id=number, compute_capability="90", attributes={"MaxSharedMemoryPerBlockOptin": 232_448})
 
     def get_current_stream(self):
         return "stream"
@@ -205,6 +205,12 @@ def test_a_kernel_is_compiled_once_and_then_read_from_the_disk(gpu, tmp_path, mo
     edited = source_of(DOUBLED.replace("+", "*"), tmp_path / "source", **{"doubled<float>": 16})
     edited.launch("doubled<float>", 2, 32, (x,))
     assert gpu.loaded[2] != gpu.loaded[0]
+
+
+def test_how_much_shared_memory_there_is(gpu):
+    cuda.Gpu._attributes.cache_clear()
+    assert cuda.backend.shared_limit() == 232_448
+    cuda.Gpu._attributes.cache_clear()
 
 
 def test_an_empty_grid_launches_nothing(gpu, tmp_path):
