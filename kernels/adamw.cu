@@ -7,6 +7,7 @@
 //   3. 16-byte accesses, 8 of them on their way per thread, that leave the cache first: nothing of it is needed soon.
 //      Predicted at least 85 percent of a copy. The exact root and division are free: 190 instructions would fit.
 //   4. The factor that clips the gradients stays on the device: nothing waits for the norm (4 bytes per parameter).
+//      What a schedule changes can be read from there, too: a CUDA graph holds the update.
 #include "common.cuh"
 
 constexpr int THREADS = 256, PACKS = 2;  // packs of each array per thread
@@ -24,12 +25,15 @@ struct Constants {
 };
 
 // The update of n parameters, in packs of N and what is left one by one. A scale that is not finite changes nothing.
-// `copy` may be null, and so may `device_scale`, which otherwise takes the place of `scale`.
+// `copy` may be null, and so may what otherwise takes the place of numbers: `device_scale` that of `scale`, `schedule`
+// (3,) that of `keep`, `rate` and `root`.
 template <int N>
 __global__ void __launch_bounds__(THREADS)
 step(float* p, float* m, float* v, const float* g, long long n, float keep, float rate, float beta1, float rest1,
-     float beta2, float rest2, float eps, float root, float scale, const float* device_scale, bf16* copy) {
+     float beta2, float rest2, float eps, float root, float scale, const float* device_scale, const float* schedule,
+     bf16* copy) {
     if (device_scale) scale = *device_scale;
+    if (schedule) keep = schedule[0], rate = schedule[1], root = schedule[2];
     if (scale - scale != 0) return;
     const Constants constants = {keep, rate, beta1, rest1, beta2, rest2, eps, root, scale};
     const long long first = (static_cast<long long>(blockIdx.x) * (PACKS * THREADS) + threadIdx.x) * N;

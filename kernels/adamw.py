@@ -9,6 +9,8 @@ Contract
     p  = p - lr weight_decay p - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
     scale is a number or an array of one element (which may be on the device, where nothing waits for it). If it is not
     finite, nothing is changed.
+    schedule (3,) float32, beside p: what lr, weight_decay and step come to, as `schedule_of` makes it, instead of these
+    three. So a CUDA graph, in which a number stays what it was when it was recorded, takes another one at every step.
     copy (n,) bfloat16, if there is one, becomes the new p, rounded.
     Returns (p, m, v), which are the arrays that came in. eps stands outside the root, as in PyTorch.
     sum_of_squares(x) returns the sum of x_i^2 as an array (1,), float64 for float64 and float32 for everything else:
@@ -32,15 +34,22 @@ from .kernel import Kernel
 # ------------------------------------------------------------------ reference
 
 
-def reference_inplace(p, m, v, g, *, lr, beta1, beta2, eps, weight_decay, step, scale=1.0, copy=None):
+def schedule_of(lr, beta1, beta2, weight_decay, step):
+    """(1 - lr weight_decay, lr / (1 - beta1^step), 1 / sqrt(1 - beta2^step)), floats."""
+    return 1 - lr * weight_decay, lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
+
+
+def reference_inplace(
+    p, m, v, g, *, beta1, beta2, eps, lr=None, weight_decay=None, step=None, scale=1.0, copy=None, schedule=None
+):
     xp = xp_of(p)
+    keep, rate, root = schedule_of(lr, beta1, beta2, weight_decay, step) if schedule is None else schedule
     scale = xp.asarray(scale, p.dtype).reshape(())
     finite = xp.isfinite(scale)
     g = g * xp.where(finite, scale, 0)
     new_m = beta1 * m + (1 - beta1) * g
     new_v = beta2 * v + (1 - beta2) * g * g
-    m_hat, v_hat = new_m / (1 - beta1**step), new_v / (1 - beta2**step)
-    new_p = p - lr * weight_decay * p - lr * m_hat / (xp.sqrt(v_hat) + eps)
+    new_p = keep * p - rate * new_m / (xp.sqrt(new_v) * root + eps)
     for x, new in ((p, new_p), (m, new_m), (v, new_v)):
         x[...] = xp.where(finite, new, x)
     if copy is not None:
@@ -76,16 +85,14 @@ def _check_flat(p, m, v, g, copy):
         raise ValueError("adamw_inplace needs a contiguous copy in bfloat16, of p's shape")
 
 
-def _constants(lr, beta1, beta2, eps, weight_decay, step):
-    constants = (1 - lr * weight_decay, lr / (1 - beta1**step), beta1, 1 - beta1, beta2, 1 - beta2, eps)
-    return *constants, 1 / math.sqrt(1 - beta2**step)
-
-
-def numba_inplace(p, m, v, g, *, lr, beta1, beta2, eps, weight_decay, step, scale=1.0, copy=None):
+def numba_inplace(
+    p, m, v, g, *, beta1, beta2, eps, lr=None, weight_decay=None, step=None, scale=1.0, copy=None, schedule=None
+):
     _check_flat(p, m, v, g, copy)
     scale = np.asarray(scale, p.dtype).reshape(())
     if np.isfinite(scale):
-        constants = *_constants(lr, beta1, beta2, eps, weight_decay, step), scale
+        keep, rate, root = schedule_of(lr, beta1, beta2, weight_decay, step) if schedule is None else schedule
+        constants = keep, rate, beta1, 1 - beta1, beta2, 1 - beta2, eps, root, scale
         _step(*(x.reshape(-1) for x in (p, m, v, g)), *map(p.dtype.type, constants))
         if copy is not None:
             copy[...] = p
@@ -127,15 +134,18 @@ def _aligned(*arrays):
     return all(cuda.address(x) % (16 * x.itemsize // widest) == 0 for x in arrays)
 
 
-def cuda_inplace(p, m, v, g, *, lr, beta1, beta2, eps, weight_decay, step, scale=1.0, copy=None):
+def cuda_inplace(
+    p, m, v, g, *, beta1, beta2, eps, lr=None, weight_decay=None, step=None, scale=1.0, copy=None, schedule=None
+):
     _check_flat(p, m, v, g, copy)
     if p.dtype != np.float32:
         raise TypeError(f"adamw_inplace updates float32 on a GPU, and these parameters are {p.dtype}")
     on_device = None if isinstance(scale, int | float | np.generic) else cuda.contiguous(scale, np.float32)
-    constants = map(np.float32, _constants(lr, beta1, beta2, eps, weight_decay, step))
+    keep, rate, root = schedule_of(lr, beta1, beta2, weight_decay, step) if schedule is None else (0, 0, 0)
+    constants = map(np.float32, (keep, rate, beta1, 1 - beta1, beta2, 1 - beta2, eps, root))
     number = np.float32(scale if on_device is None else 1)
     n = 4 if _aligned(p, m, v, g, *([] if copy is None else [copy])) else 1
-    arguments = p, m, v, g, np.int64(p.size), *constants, number, on_device, copy
+    arguments = p, m, v, g, np.int64(p.size), *constants, number, on_device, schedule, copy
     _SOURCE.launch(f"step<{n}>", -(-p.size // (_THREADS * _PACKS * n)), _THREADS, arguments)
     return p, m, v
 

@@ -5,6 +5,7 @@ Everything else is written against `xp = xp_of(array)`, the array's own module: 
 """
 
 import collections
+import contextlib
 import functools
 import importlib
 import itertools
@@ -147,6 +148,17 @@ def later(numbers):
 # ------------------------------------------------------------------ ids
 
 _flags = collections.deque()  # (name, ids, n, flag) of checks that run on a GPU
+_checked = [False]
+
+
+@contextlib.contextmanager
+def already_checked():
+    """Context manager: ids on the GPU are not checked in here, because whoever moved them there has checked them."""
+    _checked[0] = True
+    try:
+        yield
+    finally:
+        _checked[0] = False
 
 
 def check_ids(name, ids, n):
@@ -160,7 +172,7 @@ def check_ids(name, ids, n):
     if _on_host(ids):
         if ids.size and (ids.min() < 0 or ids.max() >= n):
             raise _outside(name, ids, n)
-    else:
+    elif not _checked[0]:
         if len(_flags) >= 256:  # nothing has been read for a long time
             raise_flags()
         _flags.append((name, ids, n, Later(((ids < 0) | (ids >= n)).any())))
@@ -188,6 +200,22 @@ def _outside(name, ids, n):
 def empty(like, shape, dtype=None):
     """An uninitialised C-contiguous array beside `like`. Every kernel and op allocates its large outputs here."""
     return xp_of(like).empty(shape, dtype or like.dtype)
+
+
+def concatenate(arrays, axis):
+    """As NumPy's. CuPy's own moves addresses from the host to the GPU, which a CUDA graph would not do again."""
+    first = arrays[0]
+    if _on_host(first):
+        return np.concatenate(arrays, axis)
+    axis %= first.ndim
+    sizes = [x.shape[axis] for x in arrays]
+    shape = *first.shape[:axis], sum(sizes), *first.shape[axis + 1 :]
+    joined = empty(first, shape, np.result_type(*(x.dtype for x in arrays)))
+    before, end = (slice(None),) * axis, 0
+    for x, size in zip(arrays, sizes, strict=True):
+        joined[(*before, slice(end, end + size))] = x
+        end += size
+    return joined
 
 
 def upcast(x):

@@ -18,7 +18,7 @@ Rungs
 import numpy as np
 
 from . import cuda
-from .device import empty, upcast, xp_of
+from .device import concatenate, empty, upcast
 from .jit import contiguous, prange, prange_jit, strided
 from .kernel import Kernel
 
@@ -26,10 +26,10 @@ from .kernel import Kernel
 
 
 def reference_rope(x, cos, sin):
-    xp, half = xp_of(x), x.shape[-1] // 2
+    half = x.shape[-1] // 2
     cos, sin, wide = cos[:, None], sin[:, None], upcast(x)
     a, b = wide[..., :half], wide[..., half:]
-    return xp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    return concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
 # ------------------------------------------------------------------ numba

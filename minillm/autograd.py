@@ -30,7 +30,7 @@ import itertools
 
 import numpy as np
 
-from minillm.kernels.device import beside, check_ids, upcast, xp_of
+from minillm.kernels.device import beside, check_ids, concatenate, upcast, xp_of
 
 _clock = itertools.count()  # a node is born after its parents, so birth order is a topological order
 
@@ -800,7 +800,7 @@ def concat(*inputs, axis=-1):
         return lambda g: g[(slice(None),) * (axis % ndim) + (slice(first, last),)]
 
     backs = (part(first, last, inputs[0].ndim) for first, last in zip([0, *ends], ends, strict=False))
-    return xp_of(inputs[0]).concatenate(inputs, axis), tuple(backs)
+    return concatenate(inputs, axis), tuple(backs)
 
 
 @op
@@ -814,7 +814,7 @@ def split(x, *, sizes, axis=-1):
     if builtins.sum(sizes) != x.shape[axis]:
         raise ValueError(f"split sizes {tuple(sizes)} do not add up to axis {axis} of shape {x.shape}")
     xp, cuts = xp_of(x), np.cumsum(sizes).tolist()[:-1]
-    return tuple(xp.split(x, cuts, axis)), lambda *g: (xp.concatenate(g, axis),)
+    return tuple(xp.split(x, cuts, axis)), lambda *g: (concatenate(g, axis),)
 
 
 # ------------------------------------------------------------------ operators

@@ -278,7 +278,8 @@ class Model:
     def hidden(self, tokens, start=None, cache=None):
         """The last layer's output for each token after the norm, (B, T, D), as a Tensor.
 
-        tokens  (B, T) int, and start (B, T) int32 or None, on the host
+        tokens  (B, T) int, and start (B, T) int32 or None, on the host; or both on the model's GPU, where nobody looks
+                at them: what is refused below has to be refused before
         cache   a Cache that holds the tokens before these and takes these
         ValueError where a token would stand further from its row's (or document's) start than the context is long.
         """
@@ -287,7 +288,11 @@ class Model:
         if start is None:
             start = np.zeros((B, T), np.int32)
         context = self.config.max_position_embeddings
-        longest = int((np.arange(before, before + T) - start).max(initial=-1)) + 1
+        longest = (
+            int((np.arange(before, before + T) - start).max(initial=-1)) + 1
+            if device_of(start) == "cpu"
+            else before + T
+        )
         if longest > context:
             raise ValueError(f"{longest} tokens are more than the model's context of {context}")
         x = self._embed(tokens, start, before)
@@ -304,7 +309,8 @@ class Model:
         """`start` within a layer's window, where the model is."""
         B, T = start.shape
         if window is not None:
-            start = np.maximum(start, np.arange(before, before + T, dtype=np.int32) - (window - 1))
+            xp = xp_of(start)
+            start = xp.maximum(start, xp.arange(before, before + T, dtype=np.int32) - (window - 1))
         return F.checked_start(start, B, T, self.flat)
 
     def _run_block(self, layer, x, start, before, cache):
@@ -496,7 +502,8 @@ class GPT2(Model):
 
     def _embed(self, tokens, start, before):
         """Learned positions count from each row's first token: padding on the left moves nobody's position."""
-        positions = np.maximum(np.arange(before, before + tokens.shape[1]) - start, 0)
+        xp = xp_of(start)
+        positions = xp.maximum(xp.arange(before, before + tokens.shape[1]) - start, 0)
         return F.embedding(tokens, self.used["transformer.wte.weight"]) + F.embedding(
             positions, self.used["transformer.wpe.weight"]
         )

@@ -58,23 +58,29 @@ class AdamW:
         be an array () on the GPU (`gpu_clip_scale`), and where it is NaN nothing is changed; `steps` counts such an
         update, too, until whoever reads of it takes it back."""
         self.steps += 1
-        offset = 0
-        for data, grad, decays in self.runs:
+        lr = self.lr if lr is None else lr
+        decays = (self.weight_decay if run.decays else 0.0 for run in self.runs)
+        self._update(({"lr": lr, "weight_decay": decay, "step": self.steps} for decay in decays), scale)
+
+    def schedule(self, lr=None):
+        """The numbers of the next update that are others in every update, for `step_scheduled`: (runs, 3) float32, on
+        the host. Counts the update."""
+        self.steps += 1
+        lr, decays = self.lr if lr is None else lr, (self.weight_decay if run.decays else 0.0 for run in self.runs)
+        rows = [adamw.schedule_of(lr, *self.betas, decay, self.steps) for decay in decays]
+        return np.array(rows, np.float32)
+
+    def step_scheduled(self, schedule, scale):
+        """`step` with all its changing numbers in arrays on the GPU, so that a CUDA graph can hold it."""
+        self._update(({"schedule": row} for row in schedule), scale)
+
+    def _update(self, each, scale):
+        offset, (beta1, beta2) = 0, self.betas
+        for (data, grad, _), own in zip(self.runs, each, strict=True):
             part = slice(offset, offset + data.size)
             offset += data.size
-            adamw.step_inplace(
-                data,
-                self.m[part],
-                self.v[part],
-                grad,
-                lr=self.lr if lr is None else lr,
-                beta1=self.betas[0],
-                beta2=self.betas[1],
-                eps=self.eps,
-                weight_decay=self.weight_decay if decays else 0.0,
-                step=self.steps,
-                scale=scale,
-            )
+            moments = self.m[part], self.v[part]
+            adamw.step_inplace(data, *moments, grad, beta1=beta1, beta2=beta2, eps=self.eps, scale=scale, **own)
 
     def zero_grad(self):
         """Set every gradient to zero, in place."""

@@ -6,7 +6,8 @@ Time whole training steps: this engine against PyTorch, the same model, the same
         --layers 12 --heads 12 --length 1024 --batch 32
 
 A step is forward, loss, backward, gradient norm, clipping and AdamW. Both sides start from the same weights; the losses
-of the first steps stand beside each other, so that it is the same job. Where PyTorch is not installed, this engine is
+of the first steps stand beside each other, so that it is the same job. With --graph an update of ours is recorded as a
+CUDA graph and launched as one, as pretrain.py --cuda-graph does it. Where PyTorch is not installed, this engine is
 timed alone. On a GPU a turn is --steps steps, after which the GPU is waited for, and not one: neither side waits for it
 within them. With bfloat16, PyTorch's side runs under autocast; weights, gradients and moments are float32 on both.
 """
@@ -26,6 +27,7 @@ from minillm.model import Config, build
 from minillm.optim import AdamW, clip_scale, gpu_clip_scale
 from minillm.scaling import flops_per_token
 from minillm.trainers.common import next_token_backward
+from minillm.trainers.recorded import RecordedUpdate
 
 import numpy as np  # isort: skip  (minillm first: it sets up the threads that NumPy's BLAS will have)
 
@@ -48,6 +50,7 @@ def parse(arguments):
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of activations")
     parser.add_argument("--compile", action="store_true", help="PyTorch's side through torch.compile")
+    parser.add_argument("--graph", action="store_true", help="this engine's side as a CUDA graph")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     options = parser.parse_args(arguments)
@@ -56,6 +59,8 @@ def parse(arguments):
         parser.error("sizes have to be at least 1")
     if options.device == "cuda" and options.workers > 1:
         parser.error("--workers are for the processor's cores")
+    if options.device == "cpu" and options.graph:
+        parser.error("--graph is for --device cuda")
     try:
         check_device(options.device)
     except (ValueError, ModuleNotFoundError) as error:
@@ -64,10 +69,15 @@ def parse(arguments):
 
 
 def minillm_step(config, o):
-    """A function that makes one step on a Batch and returns the loss, which on a GPU nobody has waited for."""
+    """(step, model, memory): step(batch) makes one step and returns the loss, which on a GPU nobody has waited for, and
+    memory() says how many bytes of the GPU it has taken."""
     model = build(config, o.seed).to(o.device, o.precision)
     optimizer = AdamW(model.parameters, lr=1e-3)
     scale_of = gpu_clip_scale if o.device == "cuda" else clip_scale
+    recorded = RecordedUpdate(model, optimizer, 0, 1.0) if o.graph else None
+
+    def step_as_graph(batch):
+        return recorded(batch, optimizer.lr)["loss"].copy()  # the next call overwrites it
 
     def step(batch):
         loss = next_token_backward(model, batch, 0, o.workers)
@@ -75,7 +85,11 @@ def minillm_step(config, o):
         optimizer.zero_grad()
         return loss
 
-    return step, model
+    def memory():
+        pool = xp_of(model.flat).get_default_memory_pool()
+        return pool.total_bytes() + (recorded.graph.memory() if o.graph else 0)
+
+    return step_as_graph if o.graph else step, model, memory
 
 
 def torch_step(config, model, o):
@@ -165,15 +179,6 @@ def torch_step(config, model, o):
     return step
 
 
-def memory_taken(name, model):
-    """Bytes of the GPU that one side has taken, at most so far."""
-    if name == "minillm":
-        return xp_of(model.flat).get_default_memory_pool().total_bytes()
-    import torch
-
-    return torch.cuda.max_memory_reserved()
-
-
 def main():
     o = parse(None)
     config = Config(
@@ -187,14 +192,14 @@ def main():
     start, mask = np.zeros((o.batch, o.length), np.int32), np.ones((o.batch, o.length), bool)
     shape, turns = (o.batch, o.length + 1), o.rounds + 3
     batches = [Batch(rng.integers(0, o.vocab, shape).astype(np.int32), start, mask) for _ in range(turns * o.steps)]
-    ours, model = minillm_step(config, o)
-    sides = {"minillm": ours}
+    ours, model, memory = minillm_step(config, o)
+    sides, memories = {"minillm": ours}, {"minillm": memory}
     try:
         import torch
 
         where = f"{torch.get_num_threads()} threads" if o.device == "cpu" else torch.cuda.get_device_name()
         name = f"PyTorch {torch.__version__}, {'compiled' if o.compile else 'eager'}, {where}"
-        sides[name] = torch_step(config, model, o)
+        sides[name], memories[name] = torch_step(config, model, o), torch.cuda.max_memory_reserved
     except ModuleNotFoundError:
         print("PyTorch is not installed: this engine alone")
     parameters = sum(p.size for p in model.parameters.values())
@@ -217,7 +222,7 @@ def main():
     if o.device == "cuda":
         operations = tokens * flops_per_token(config, o.length)["training"]
         for name in sides:
-            memory, rate = memory_taken(name, model), operations / noted[name]["median"]
+            memory, rate = memories[name](), operations / noted[name]["median"]
             noted[name] |= {"memory": memory, "operations_per_second": rate}
             print(f"{name:<48}{rate / 1e12:>9.1f} TFLOP/s of the model, {memory / 2**30:.1f} GiB")
     if len(sides) == 2:

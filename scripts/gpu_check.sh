@@ -34,7 +34,7 @@ bench() { # bench SECONDS NAME OPTIONS ...: a training step beside PyTorch's
     part 30 gpu nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
     # plain pytest is enough: of the project's own options, only the import mode is needed
     part 110 device "$python" -m pytest -q -o addopts=--import-mode=importlib tests/test_blas.py tests/test_device.py \
-        -k "gpu_and_the_cpu_agree or runs_on_the_gpu or no_update_waits or test_blas"
+        tests/test_graph.py -k "gpu_and_the_cpu_agree or runs_on_the_gpu or no_update_waits or on_a_gpu or test_blas"
     part 150 kernels-bfloat16 "$python" scripts/bench_kernels.py --device cuda --dtype bfloat16 --check \
         --json "$out/kernels-bfloat16.json"
     part 60 kernels-float32 "$python" scripts/bench_kernels.py --device cuda --dtype float32 --check --rounds 3 \
@@ -43,8 +43,12 @@ bench() { # bench SECONDS NAME OPTIONS ...: a training step beside PyTorch's
         --json "$out/kernels-float16.json"
     gpt2=(--vocab 50304 --width 768 --layers 12 --heads 12 --length 1024 --precision bfloat16 --compile)
     bench 120 124M "${gpt2[@]}" --batch 64 --rounds 5
-    bench 60 1M --precision bfloat16 --rounds 10
-    bench 60 10M --vocab 8192 --width 320 --layers 6 --heads 5 --length 256 --precision bfloat16 --rounds 10
+    small=(--precision bfloat16 --rounds 10)
+    medium=(--vocab 8192 --width 320 --layers 6 --heads 5 --length 256 --precision bfloat16 --rounds 10)
+    bench 45 1M "${small[@]}"
+    bench 45 1M-graph "${small[@]}" --graph
+    bench 45 10M "${medium[@]}"
+    bench 45 10M-graph "${medium[@]}" --graph
     if [ ${#failed[@]} -gt 0 ]; then
         printf 'FAILED: %s\n' "${failed[@]}"
     else

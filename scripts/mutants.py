@@ -50,6 +50,9 @@ AREAS = {
     "minillm/trainers/common.py": TRAINERS,
     "minillm/checkpoint.py": ["tests/test_checkpoint.py"],
     "minillm/trainers/run.py": ["tests/test_resume.py", "tests/test_trainers.py", DEVICE],
+    "kernels/adamw.py": ["tests/test_optim.py", "tests/test_kernels.py"],
+    "kernels/graph.py": ["tests/test_graph.py"],
+    "minillm/trainers/recorded.py": ["tests/test_graph.py"],
     "minillm/trainers/pretrain.py": TRAINERS,
     "minillm/trainers/sft.py": TRAINERS,
     "minillm/trainers/reward.py": TRAINERS,
@@ -230,7 +233,7 @@ FAULTS = {
     "kernels/adamw.py": [
         ("lr / (1 - beta1**step)", "lr", "adamw: the first moment's bias is not corrected"),
         ("(np.sqrt(v_i) * root + eps)", "np.sqrt(v_i * root * root + eps)", "adamw: eps stands inside the root"),
-        ("(1 - lr * weight_decay,", "(1 - weight_decay,", "adamw: the decay without the learning rate"),
+        ("return 1 - lr * weight_decay,", "return 1 - weight_decay,", "adamw: the decay without the learning rate"),
     ],
     "kernels/jit.py": [
         ("y = _ZERO if x < _LOW else y\n        ", "", "exp: e^-inf is not 0"),
@@ -563,6 +566,33 @@ FAULTS = {
             "order = np.argsort(np.concatenate(list(places.values())))",
             "order = np.concatenate(list(places.values()))",
             "mixture: a batch's rows are not put back in order",
+        ),
+    ],
+    "kernels/graph.py": [
+        ("calls.take(inputs)", "pass", "graph: a launch reads the inputs of the first call"),
+        (
+            "self._stream.wait_event(current.record())",
+            "pass",
+            "graph: it begins before what the current stream was told is done",
+        ),
+        (
+            "current.wait_event(self._stream.record())",
+            "pass",
+            "graph: what follows does not wait for the first call",
+        ),
+        (
+            "end += -(-x.nbytes // ALIGNMENT) * ALIGNMENT",
+            "end += x.nbytes - 1",
+            "graph: an input's last byte is the next one's first",
+        ),
+    ],
+    "minillm/trainers/recorded.py": [
+        ("self.optimizer.schedule(lr))", "self.optimizer.schedule(0.01))", "graph: the first learning rate for good"),
+        ("        self.optimizer.zero_grad()\n", "", "graph: gradients of all updates add up"),
+        (
+            "gpu_clip_scale(norm, self.longest, total)",
+            "gpu_clip_scale(norm, self.longest)",
+            "graph: a loss of nan trains",
         ),
     ],
     "minillm/files.py": [

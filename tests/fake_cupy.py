@@ -11,6 +11,10 @@ A stand-in for CuPy without a GPU, stricter than CuPy: its arrays lie in host me
   because neither is meant.)
 * What waits for the GPU is counted in `synchronized`: float(x), if x, x.item(), x.get(), printing, a boolean index. An
   asynchronous copy arrives when an event recorded behind it has been waited for, and is poison until then.
+* Streams are not in order of their own: work on one that has not waited for what others were told is an error.
+* A graph that is recorded is a list of what was told, with the numbers of that moment. Nothing is done meanwhile, what
+  comes from the host or is waited for is an error, and so is a launch when an array from outside has been let go of.
+  What was allocated meanwhile is poison again at each launch.
 * There are only functions, methods and keywords that CuPy 14.2 has (a test compares them where CuPy is installed), and
   only loops for bfloat16 that it has: `where` and `clip` return float32, matmul above two dimensions is refused, add.at
   too. New memory is poison: NaN, or a large number.
@@ -19,13 +23,19 @@ Kernels that take addresses can run on its arrays: x.data.ptr is the host's, and
 """
 
 import contextlib
+import functools
 import importlib.machinery
+import inspect
 import math
 import sys
 import types
+import weakref
+from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
+
+from tests.cuda_on_cpu import Cpu
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SCALARS = (bool, int, float, np.generic)  # what may stand beside an array
@@ -34,6 +44,8 @@ POISON = 0x5A5A5A5A
 synchronized = []  # where the code was that waited
 _allowed = [True]
 _stream_order = []  # what is queued and has not arrived: functions
+_pools = [None]  # the memory pool that allocates, None for the one that everybody has
+_recording = None  # while a graph is recorded, the Graph
 
 
 class CUDARuntimeError(RuntimeError):
@@ -45,6 +57,7 @@ class OutOfMemoryError(MemoryError):
 
 
 def _synchronize(what):
+    _not_recorded(what)
     frame = sys._getframe(1)
     while frame.f_code.co_filename == __file__:
         frame = frame.f_back
@@ -58,6 +71,25 @@ def _arrive(count):
     for arrives in _stream_order[:count]:
         arrives()
     _stream_order[:count] = [lambda: None] * min(count, len(_stream_order))
+
+
+def _not_recorded(what):
+    if _recording is not None:
+        raise AssertionError(f"{what} while a graph is recorded")
+
+
+def told(function, arrays, writes=()):
+    """The GPU is told to do function(), which reads `arrays` and writes into those of `writes` that are new: it is done
+    now, or noted down where a graph is recorded."""
+    stream = Stream.current
+    if _recording is not None:
+        _recording.note(function, arrays, writes)
+        return
+    for other in Stream.known:
+        if other is not stream and stream.seen.get(other, 0) < other.told:
+            raise AssertionError("a stream that has not waited for another one's work")
+    stream.told += 1
+    function()
 
 
 @contextlib.contextmanager
@@ -91,7 +123,7 @@ def _ours(x, what="an argument"):
 def _wrap(array, source=None):
     """A NumPy array as one of ours; a view of `source` where it shares its memory."""
     new = object.__new__(ndarray)
-    new._array = np.asarray(array)
+    new._array, new.pool = np.asarray(array), _pools[-1]
     shared = source is not None and np.may_share_memory(new._array, source._array)
     new.base = (source if source.base is None else source.base) if shared else None
     return new
@@ -143,12 +175,12 @@ class Flags:
 class ndarray:
     """An array that behaves as CuPy's do. `_array` is the NumPy array behind it, for this file alone."""
 
-    __slots__ = ("__weakref__", "_array", "base")
+    __slots__ = ("__weakref__", "_array", "base", "pool")
     __array_priority__ = 100
     __hash__ = None
 
     def __init__(self, shape, dtype=float):
-        self._array, self.base = _new(shape, dtype), None
+        self._array, self.base, self.pool = _new(shape, dtype), None, _pools[-1]
 
     shape = property(lambda self: self._array.shape)
     dtype = property(lambda self: self._array.dtype)
@@ -166,6 +198,7 @@ class ndarray:
 
     def get(self, stream=None, order="C", out=None, blocking=True):
         if not blocking:
+            _not_recorded("a copy to the host")
             if not isinstance(out, np.ndarray) or (out.shape, out.dtype) != (self.shape, self.dtype):
                 raise TypeError("an asynchronous copy needs out, an array in pinned memory of this shape and dtype")
             now = self._array.copy()
@@ -434,11 +467,15 @@ def isneginf(x, out=None):
 def _new(shape, dtype):
     """Memory that nobody has written to."""
     new = np.empty(shape, dtype)
-    if new.dtype.kind in "iu":
-        new[...] = POISON % (1 << (8 * new.itemsize - 1))
-    elif new.dtype.kind != "b":
-        new[...] = math.nan
+    _poison(new)
     return new
+
+
+def _poison(array):
+    if array.dtype.kind in "iu":
+        array[...] = POISON % (1 << (8 * array.itemsize - 1))
+    elif array.dtype.kind != "b":
+        array[...] = math.nan
 
 
 def empty(shape, dtype=float, order="C"):
@@ -476,6 +513,8 @@ def arange(start, stop=None, step=1, dtype=None):
 def array(obj, dtype=None, copy=True, order="K", subok=False, ndmin=0, *, blocking=False):
     """A copy on the GPU, of an array on either side or of numbers."""
     source = obj._array if isinstance(obj, ndarray) else np.asarray(obj)
+    if not isinstance(obj, ndarray):
+        _not_recorded("a copy from the host")
     if source.dtype.kind not in "biufV" or (source.dtype.kind == "V" and source.dtype != BFLOAT16):
         raise ValueError(f"Unsupported dtype {source.dtype}")
     if isinstance(obj, ndarray) and not copy and dtype in (None, obj.dtype):
@@ -501,10 +540,12 @@ def asnumpy(a, stream=None, order="C", out=None, *, blocking=True):
 
 
 def concatenate(tup, axis=0, out=None, *, dtype=None, casting="same_kind"):
+    _not_recorded("concatenate, which copies addresses from the host,")
     return _wrap(np.concatenate([_ours(x) for x in tup], axis, dtype=dtype, casting=casting))
 
 
 def stack(tup, axis=0, out=None, *, dtype=None, casting="same_kind"):
+    _not_recorded("stack, which copies addresses from the host,")
     return _wrap(np.stack([_ours(x) for x in tup], axis, dtype=dtype, casting=casting))
 
 
@@ -579,21 +620,183 @@ def einsum(*operands, **kwargs):
 
 
 class Stream:
-    ptr = 0
+    known: ClassVar[list] = []  # all there are
+    current = None
+
+    def __init__(self, null=False, non_blocking=False, ptds=False, priority=None):
+        self.ptr, self.told, self.seen = len(Stream.known), 0, {}
+        Stream.known.append(self)
 
     def synchronize(self):
         _synchronize("stream.synchronize")
 
+    def record(self, event=None):
+        event = Event() if event is None else event
+        event.record(self)
+        return event
+
+    def wait_event(self, event):
+        for stream, count in event.told.items():
+            self.seen[stream] = max(count, self.seen.get(stream, 0))
+
+    def __enter__(self):
+        self.before, Stream.current = Stream.current, self
+
+    def __exit__(self, *_):
+        Stream.current = self.before
+
+    def begin_capture(self, mode=None):
+        global _recording
+        if self.ptr == 0 or Stream.current is not self or _pools[-1] is None:
+            raise AssertionError("a graph is recorded on a stream and with a memory pool of its own")
+        _recording = Graph()
+
+    def end_capture(self):
+        global _recording
+        found, _recording = _recording, None
+        return found
+
 
 class Event:
     def __init__(self, block=False, disable_timing=False, interprocess=False):
-        self.behind = 0
+        self.behind, self.told = 0, {}
 
     def record(self, stream=None):
-        self.behind = len(_stream_order)
+        _not_recorded("an event")
+        stream = Stream.current if stream is None else stream
+        self.behind, self.told = len(_stream_order), {**stream.seen, stream: stream.told}
 
     def synchronize(self):
         _arrive(self.behind)
+
+
+class MemoryPool:
+    def malloc(self, size):
+        raise NotImplementedError("using_allocator only asks whose it is")
+
+
+@contextlib.contextmanager
+def using_allocator(allocator=None):
+    _pools.append(allocator.__self__)
+    try:
+        yield
+    finally:
+        _pools.pop()
+
+
+class Graph:
+    """What was told while it was recorded."""
+
+    launched = 0  # of all
+
+    def __init__(self):
+        self.notes, self.new, self.outside = [], [], []
+
+    def note(self, function, arrays, writes):
+        self.notes.append(function)
+        for x in writes:
+            self.new.append(x._array)
+            _poison(x._array)
+        for x in arrays:
+            owner = x if x.base is None else x.base
+            if owner.pool is not _pools[-1]:
+                self.outside.append(weakref.ref(owner))
+
+    def launch(self, stream=None):
+        Graph.launched += 1
+        told(self._run, ())
+
+    def _run(self):
+        if any(owner() is None for owner in self.outside):
+            raise AssertionError("a graph is launched, and an array it uses is no more")
+        for array in self.new:
+            _poison(array)
+        for function in self.notes:
+            function()
+
+
+# What tells of itself.
+_VIEWS = ("get",)
+_WRITES = ("__setitem__", "fill", "at")  # into their array
+
+
+def _arrays(things):
+    for thing in things:
+        if isinstance(thing, ndarray):
+            yield thing
+        elif isinstance(thing, tuple | list):
+            yield from _arrays(thing)
+
+
+def _alias(thing):
+    """The same memory without the array it belongs to, whose end shall be seen."""
+    if isinstance(thing, ndarray):
+        return _wrap(thing._array)
+    return type(thing)(map(_alias, thing)) if type(thing) in (tuple, list) else thing
+
+
+def _tells(function, name):
+    """`function`, as something that the GPU is told to do."""
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        if _inside[0]:
+            return function(*args, **options)
+        out = options.get("out")
+        if name == "ufunc" and len(args) - 1 > args[0]._function.nin:
+            out = args[-1]
+        reads = [*_arrays(args), *_arrays(options.values())]
+        _inside[0] = True
+        try:
+            if out is not None or name in _WRITES:
+                aliases = _alias(args), {key: _alias(value) for key, value in options.items()}
+                told(_not_nested(lambda: function(*aliases[0], **aliases[1])), reads)
+                return out
+            found = function(*args, **options)  # in a recording for the shapes alone
+            roots = [x if x.base is None else x.base for x in reads]
+            new = [x for x in _arrays([found]) if x.base is None and not any(x is root for root in roots)]
+            if new and _recording is not None:
+                aliases = _alias(args), {key: _alias(value) for key, value in options.items()}
+                targets = [x._array for x in _arrays([found])]
+
+                def again():
+                    for to, x in zip(targets, _arrays([function(*aliases[0], **aliases[1])]), strict=True):
+                        to[...] = x._array
+
+                told(_not_nested(again), reads, new)
+            elif new:
+                told(lambda: None, reads)
+            return found
+        finally:
+            _inside[0] = False
+
+    return call
+
+
+_inside = [False]
+
+
+def _not_nested(function):
+    def run():
+        before, _inside[0] = _inside[0], True
+        try:
+            function()
+        finally:
+            _inside[0] = before
+
+    return run
+
+
+def _tell_everything():
+    """All functions and methods that compute or move something go through `told`."""
+    for name in _PUBLIC.split():
+        if inspect.isfunction(globals()[name]):
+            globals()[name] = _tells(globals()[name], name)
+    ufunc.__call__, ufunc.at = _tells(ufunc.__call__, "ufunc"), _tells(ufunc.at, "at")
+    for name, method in list(vars(ndarray).items()):
+        public = not name.startswith("_") or name in ("__getitem__", "__setitem__")
+        if inspect.isfunction(method) and public and name not in _VIEWS:
+            setattr(ndarray, name, _tells(method, name))
 
 
 class Device:
@@ -627,12 +830,14 @@ def _modules():
         vars(found).update(contents)
         return found
 
-    stream = Stream()
+    Stream.known.clear()
+    Stream.current = Stream(null=True)
     runtime = module("cupy.cuda.runtime", getDeviceCount=device_count, CUDARuntimeError=CUDARuntimeError)
     runtime.getDeviceProperties = lambda device: {"name": b"a processor that plays a GPU"}
     memory = module("cupy.cuda.memory", OutOfMemoryError=OutOfMemoryError)
     cuda = module("cupy.cuda", Event=Event, Device=Device, runtime=runtime, memory=memory, Stream=Stream)
-    cuda.get_current_stream = lambda device_id=-1: stream
+    cuda.get_current_stream = lambda device_id=-1: Stream.current
+    cuda.MemoryPool, cuda.using_allocator, cuda.Graph = MemoryPool, using_allocator, Graph
     cuda.is_available = lambda: bool(Device.count)
     ours = {name: globals()[name] for name in _PUBLIC.split()}
     scalars = {name: getattr(np, name) for name in ("bool_", "float16", "float32", "float64", "int32", "int64")}
@@ -667,6 +872,16 @@ ndarray ufunc where clip isneginf empty zeros ones full empty_like zeros_like on
 ascontiguousarray asnumpy concatenate stack split take take_along_axis broadcast_to expand_dims meshgrid repeat
 flatnonzero argmax cumsum matmul einsum
 """
+_tell_everything()
+
+
+class OnCpu(Cpu):
+    """The CPU that plays the GPU, for these arrays."""
+
+    def launch(self, source, instance, grid, threads, arguments, shared):
+        memory = tuple(a._array if isinstance(a, ndarray) else a for a in arguments)
+        launch = functools.partial(super().launch, source, instance, grid, threads, memory, shared)
+        told(launch, _arrays(arguments))
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ ARROWS = {
     "kernels.kernel": ["kernels.device"],
     "kernels.cuda": ["kernels.device", "kernels.jit"],
     "kernels.numba_cuda": ["kernels.device"],
+    "kernels.graph": ["kernels.device"],
     # Nothing of another op: Numba's cache does not see an edit in a second file, and only jit.py is hashed into it.
     OP: ["kernels.device", "kernels.jit", "kernels.kernel", "kernels.cuda", "kernels.numba_cuda"],
     "autograd": ["kernels.device"],
@@ -57,7 +58,7 @@ ARROWS = {
     "generate": [*ENGINE, "model", "losses"],
     "batching": [*ENGINE, "model", "generate"],
     "server": ["extras", "tokenizer", "chat", "batching"],
-    "trainers": [*LIBRARY, "trainers"],
+    "trainers": [*LIBRARY, "kernels.graph", "trainers"],
     "harness": [*LIBRARY, "trainers"],
     "report": ["extras", "data"],
     "pipeline": [*LIBRARY, "trainers", "report"],
@@ -88,6 +89,7 @@ ARROWS = {
         "kernels.kernel",
         "kernels.cuda",
         "kernels.numba_cuda",
+        "kernels.graph",
         OP,
     ],
 }

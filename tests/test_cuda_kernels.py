@@ -460,6 +460,22 @@ def test_adamw_takes_a_scale_on_the_device_and_writes_a_copy(version):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("version", ["reference", "numba", "cuda"])
+def test_adamw_takes_its_changing_numbers_from_memory(version):
+    """The same bits as from numbers, which a CUDA graph could not change."""
+    own = {name: ADAMW[name] for name in ("beta1", "beta2", "eps", "scale")}
+    rest = (ADAMW[name] for name in ("lr", "beta1", "beta2", "weight_decay", "step"))
+    schedule = np.array(adamw.schedule_of(*rest), np.float32)
+    found = []
+    for options in (ADAMW, {**own, "schedule": schedule}):
+        _, arrays = adamw_step(Draw(np.float32), 67)
+        with on_cpu():
+            adamw.step_inplace.version(version)(*arrays, **options)
+        found.append(arrays)
+    for a, b in zip(*found, strict=True):
+        assert np.array_equal(a, b) if version != "reference" else np.allclose(a, b, rtol=1e-6)
+
+
 def test_adamw_on_memory_that_16_byte_accesses_do_not_fit():
     aligned = [x.copy() for x in adamw_step(Draw(np.float32), 4099)[1]]
     shifted = [np.concatenate([x[:1], x])[1:] for x in aligned]

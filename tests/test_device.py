@@ -29,8 +29,8 @@ from minillm.trainers import best_of_n, common, reward
 from minillm.trainers import run as run_module
 from minillm.trainers.common import Settings
 from tests import fake_cupy
-from tests.cuda_on_cpu import Cpu, on_cpu
-from tests.fake_cupy import installed
+from tests.cuda_on_cpu import on_cpu
+from tests.fake_cupy import OnCpu, installed
 from tests.world import TOKENIZER, TRAINERS, config, left, make_world
 
 ROOT = Path(__file__).parents[1]
@@ -636,14 +636,6 @@ def test_every_stage_of_the_pipeline_can_be_on_the_gpu(size, tmp_path):
 
 
 # ------------------------------------------------------------------ with the CUDA kernels
-
-
-class OnCpu(Cpu):
-    """The CPU that plays the GPU, for the stand-in's arrays."""
-
-    def launch(self, source, instance, grid, threads, arguments, shared):
-        memory = tuple(a._array if isinstance(a, fake_cupy.ndarray) else a for a in arguments)
-        super().launch(source, instance, grid, threads, memory, shared)
 
 
 def two_updates(model, tokens, start, targets):

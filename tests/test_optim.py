@@ -54,13 +54,18 @@ def spans(model):
 
 
 def test_the_update_is_the_papers():
-    p, g = np.array([[1.0, -2.0]]), np.array([[0.5, 0.25]])
-    x = Tensor(p.copy(), requires_grad=True)
-    optimizer = AdamW({"x": x}, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01)
-    x.grad[...] = g
-    optimizer.step()
-    # After one step the moments' corrections cancel: m_hat = g, v_hat = g^2.
-    assert np.allclose(x.data, p - 0.1 * 0.01 * p - 0.1 * g / (np.abs(g) + 1e-8), rtol=1e-12)
+    """Algorithm 2, line by line, with moments and corrections as they stand there."""
+    rng, p = np.random.default_rng(0), np.array([[1.0, -2.0]])
+    x, m, v = Tensor(p.copy(), requires_grad=True), 0, 0
+    optimizer = AdamW({"x": x}, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.05)
+    for t in (1, 2, 3):
+        lr, g = 0.1 / t, rng.standard_normal(p.shape)
+        x.grad[...] = g
+        optimizer.step(lr)
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
+        m_hat, v_hat = m / (1 - 0.9**t), v / (1 - 0.99**t)
+        p = p - lr * (m_hat / (np.sqrt(v_hat) + 1e-3) + 0.05 * p)
+        assert np.allclose(x.data, p, rtol=1e-12)
 
 
 def test_weight_decay_spares_vectors_and_a_rule_can_change_that():

@@ -453,10 +453,18 @@ def pad(sequences, masks, pad_id, width=None):
 
 def next_token_loss(model, batch, count):
     """-sum of log p(target) over the batch's mask, divided by `count`: a scalar Tensor. Pretraining and SFT."""
-    targets = np.where(batch.mask, batch.y, IGNORED)  # what is ignored costs no logits
-    hidden = model.hidden(batch.x, batch.start)
-    weights = np.full(targets.shape, 1 / count, upcast(hidden.data[:0]).dtype)
-    return F.linear_cross_entropy(hidden, model.head, targets, weights=weights)
+    return weighted_loss(model, batch.x, batch.start, *targets_and_weights(model, batch, count))
+
+
+def targets_and_weights(model, batch, count):
+    """(targets, weights) (B, T) of next_token_loss: what is ignored costs no logits, all else weighs 1 / count."""
+    targets = np.where(batch.mask, batch.y, IGNORED)
+    return targets, np.full(targets.shape, 1 / count, upcast(model.flat[:0]).dtype)
+
+
+def weighted_loss(model, tokens, start, targets, weights):
+    """The loss of arrays (B, T) on the host, or all on the GPU, unlooked at: see `Model.hidden`."""
+    return F.linear_cross_entropy(model.hidden(tokens, start), model.head, targets, weights=weights)
 
 
 def next_token_backward(model, batch, size, workers=1):

@@ -28,6 +28,7 @@ from .common import (
     save_trained,
 )
 from .evaluation import byte_lengths, evaluate_tokens
+from .recorded import RecordedUpdate
 from .run import Run, claim, identity_of, in_its_folder
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
@@ -67,6 +68,8 @@ class PretrainConfig(Settings):
     """the peak learning rate: small models take large ones, and 1e-3 suits 10M parameters"""
     weight_decay: float = 0.1
     """pulls matrices toward zero; the usual value of pretraining"""
+    cuda_graph: bool = False
+    """on a GPU, record an update once and launch it as one: for models so small that Python is slower than the GPU"""
     eval_rows: int = 256
     """rows of held-out text in an evaluation, of each source"""
 
@@ -79,6 +82,8 @@ class PretrainConfig(Settings):
             self.at_least(name, 0)
         if self.context and self.context < self.length:
             self.refuse("context", f"at least the rows' length {self.length}")
+        if self.cuda_graph and self.device != "cuda":
+            self.refuse("cuda_graph", "False but with --device cuda")
         if self.weights is not None and not (self.weights and all(w > 0 for w in self.weights.values())):
             self.refuse("weights", "above 0")
         new = {field.name: field.default for field in dataclasses.fields(self)}
@@ -134,6 +139,8 @@ def train(config):
     held_out = [rows.rows(some) for rows, some in zip(tests, spread, strict=True)]
     claim(config)
     optimizer = config.optimizer(model.parameters)
+    graph = model, optimizer, config.micro_batch_size, config.max_grad_norm
+    recorded = RecordedUpdate(*graph) if config.cuda_graph else None
     steps = math.ceil(config.tokens / (config.batch_size * config.length))
     lengths = byte_lengths(tokenizer)
 
@@ -154,6 +161,9 @@ def train(config):
             batch = next(batches)
             if not batch.mask.any():
                 continue  # nothing to learn from: an update would only apply the weight decay
+            if recorded is not None:
+                run.updated(optimizer, recorded(batch, run.lr), tokens=batch.x.size)
+                continue
             loss = next_token_backward(model, batch, config.micro_batch_size, config.workers)
             run.update(optimizer, {"loss": loss}, tokens=batch.x.size)
         run.load_best()

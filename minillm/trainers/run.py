@@ -58,7 +58,7 @@ CHANGEABLE = {
     *("log_every", "eval_every", "samples", "tensorboard", "eval_rows", "eval_questions", "eval_prompts"),
     *("save_every", "save_minutes", "keep_last", "keep_best"),
     *("micro_batch_size", "on_nan", "skip_bad", "overwrite", "resume", "flight_record"),
-    *("device", "precision", "workers"),
+    *("device", "precision", "workers", "cuda_graph"),
 }
 
 
@@ -487,16 +487,20 @@ class Run:
         and learning_rate. Where loss or gradient is not finite: NotFinite, or with on_nan="skip" no update. On a GPU
         the metrics may be arrays (), and it is told one update later, though such an update is never made."""
         norm, lr, longest = optimizer.grad_norm(), self.lr if lr is None else lr, self.settings.max_grad_norm
-        loss, on_gpu = metrics.get("loss", 0.0), device_of(norm) == "cuda"
-        if on_gpu:
+        loss = metrics.get("loss", 0.0)
+        if device_of(norm) == "cuda":
             optimizer.step(lr, gpu_clip_scale(norm, longest, loss))
         elif _finite(norm, loss):
             optimizer.step(lr, clip_scale(norm, longest))
         optimizer.zero_grad()
+        self.updated(optimizer, {**metrics, f"{prefix}grad_norm": norm}, tokens, lr, prefix)
+
+    def updated(self, optimizer, metrics, tokens=0, lr=None, prefix=""):
+        """`update` where the update has been made: the rest of it. `metrics` has grad_norm, with its prefix."""
         self.count(tokens)
-        name = f"{prefix}grad_norm"
-        numbers = later({**metrics, name: norm})
-        counted = optimizer if on_gpu else None
+        name, numbers = f"{prefix}grad_norm", later(metrics)
+        on_gpu = device_of(metrics[name]) == "cuda"
+        counted, lr = optimizer if on_gpu else None, self.lr if lr is None else lr
         self.updates.append(Update(self.step, counted, numbers, name, lr, self._batch(), self.sums))
         self._read(1 if on_gpu else 0)
 
