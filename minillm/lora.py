@@ -30,7 +30,8 @@ import numpy as np
 from .autograd import Tensor, op
 from .checkpoint import save_arrays
 from .files import DTYPES, read_header, read_object
-from .kernels.device import beside, to_host, xp_of
+from .kernels.blas import multiply
+from .kernels.device import beside, concatenate, to_host, upcast, xp_of
 from .model import build
 
 PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"  # what PEFT puts around a module's name
@@ -132,31 +133,32 @@ def adapted_linear(x, A=None, *B, needs, weight, bias=None, columns=(), scale=1.
     line alone.
 
     dx = g W + v A with v_p = s g_p B_p, dA = v^T x, dB_p = s g_p^T u_p: B's module sees the columns g_p of g alone.
+    dA and dB_p have at least 32 bits (`functional.linear`).
     Keeps x, s u, A, B and W as it is stored: NF4 becomes an array again, for dx, and is dropped again.
     """
     (N, K), lead, rows = weight.shape, x.shape[:-1], math.prod(x.shape[:-1])
     flat = x.reshape(rows, K)
-    y = (flat @ _dense(weight, x.dtype).T).astype(x.dtype, copy=False)
+    y, wide = multiply(flat, _dense(weight, x.dtype).T), upcast(x[:0]).dtype
     if bias is not None:
         y += bias.astype(x.dtype, copy=False)
     if A is None:
-        return y.reshape(*lead, N), (lambda g: (g.reshape(rows, N) @ _dense(weight, g.dtype)).reshape(*lead, K), None)
+        dx = lambda g: multiply(g.reshape(rows, N), _dense(weight, g.dtype)).reshape(*lead, K)
+        return y.reshape(*lead, N), (dx, None)
     A, B, r = A.astype(x.dtype, copy=False), [b.astype(x.dtype, copy=False) for b in B], B[0].shape[1]
     part = [slice(p * r, (p + 1) * r) for p in range(len(B))]
-    u = (scale * (flat @ A.T)).astype(x.dtype, copy=False)
+    u = (scale * multiply(flat, A.T)).astype(x.dtype, copy=False)
     for b, own, at in zip(B, columns, part, strict=True):
-        y[:, own] += u[:, at] @ b.T
+        multiply(u[:, at], b.T, y[:, own], add=True)
 
     def back(g):
         g = g.reshape(rows, N)
-        v = xp_of(g).concatenate([scale * (g[:, own] @ b) for b, own in zip(B, columns, strict=True)], 1)
-        dB = [g[:, own].T @ u[:, at] for own, at in zip(columns, part, strict=True)]
+        v = concatenate([multiply(g[:, own], b) for b, own in zip(B, columns, strict=True)], 1)
+        v = (scale * v).astype(x.dtype, copy=False)
+        dB = [multiply(g[:, own].T, u[:, at], dtype=wide) for own, at in zip(columns, part, strict=True)]
         dx = None
         if needs[0]:
-            dx = g @ _dense(weight, g.dtype)
-            dx += v @ A
-            dx = dx.reshape(*lead, K)
-        return dx, v.T @ flat, *dB
+            dx = multiply(v, A, multiply(g, _dense(weight, g.dtype)), add=True).reshape(*lead, K)
+        return dx, multiply(v.T, flat, dtype=wide), *dB
 
     return y.reshape(*lead, N), back
 

@@ -36,10 +36,11 @@ ARROWS = {
     "kernels.cuda": ["kernels.device", "kernels.jit"],
     "kernels.numba_cuda": ["kernels.device"],
     "kernels.graph": ["kernels.device"],
+    "kernels.blas": ["kernels.device"],
     # Nothing of another op: Numba's cache does not see an edit in a second file, and only jit.py is hashed into it.
     OP: ["kernels.device", "kernels.jit", "kernels.kernel", "kernels.cuda", "kernels.numba_cuda"],
     "autograd": ["kernels.device"],
-    "functional": ["kernels.device", OP, "autograd"],
+    "functional": ["kernels.device", "kernels.blas", OP, "autograd"],
     "optim": ["kernels.device", OP],
     "parallel": ["kernels.jit"],
     "op_examples": [],
@@ -52,7 +53,7 @@ ARROWS = {
     "scaling": ["model"],
     "checkpoint": ["kernels.device"],
     "hub": ["kernels.device", "files", "chat", "model", "checkpoint"],
-    "lora": [*ENGINE, "files", "model", "checkpoint", "hub"],
+    "lora": [*ENGINE, "kernels.blas", "files", "model", "checkpoint", "hub"],
     "losses": ENGINE,
     "data": [*ENGINE, "extras", "files", "optim", "tokenizer", "chat", "data"],
     "generate": [*ENGINE, "model", "losses"],
@@ -72,6 +73,7 @@ ARROWS = {
         "scripts",
         "kernels",
         "kernels.kernel",
+        "kernels.blas",
         OP,
     ],
     "tests": [
@@ -90,6 +92,7 @@ ARROWS = {
         "kernels.cuda",
         "kernels.numba_cuda",
         "kernels.graph",
+        "kernels.blas",
         OP,
     ],
 }
