@@ -19,6 +19,7 @@ test = [
     "pytest>=8.2",
     "hypothesis>=6.100",
     "pytest-timeout>=2.3.1",
+    "pytest-xdist>=3.6",
     "setuptools>=77",
     *data,
     *plot,

@@ -38,6 +38,18 @@ def pytest_addoption(parser):
     parser.addoption("--errors", action="store_true", help="print the largest error seen of every gradient and kernel")
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist's
+        session.config.workeroutput["worst errors"] = worst_errors
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    for name, (worst, count) in getattr(node, "workeroutput", {}).get("worst errors", {}).items():
+        seen, before = worst_errors.get(name, (0.0, 0))
+        worst_errors[name] = max(worst, seen), before + count
+
+
 def pytest_terminal_summary(terminalreporter, config):
     if config.getoption("--errors"):
         terminalreporter.section("largest relative errors")
