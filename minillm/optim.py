@@ -15,11 +15,12 @@ from .kernels.device import device_of, number, xp_of
 
 
 class Run(NamedTuple):
-    """Parameters that are neighbours in memory and share their weight decay: flat views of data and gradient (n,)."""
+    """Parameters that are neighbours in memory and are treated alike: flat views of data and gradient (n,)."""
 
     data: object
     grad: object
     decays: bool
+    rate: float  # what the learning rate is multiplied by
 
 
 def is_matrix(name, parameter):
@@ -27,11 +28,17 @@ def is_matrix(name, parameter):
     return parameter.ndim >= 2
 
 
+def one_rate(name, parameter):
+    """The learning rate as it is, for all."""
+    return 1.0
+
+
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, alg. 2); equations in kernels/adamw.py.
 
     parameters    {name: Tensor}; those with requires_grad=False are left alone. A gradient that is None becomes zeros.
     decays        function(name, Tensor) -> whether weight_decay applies to it
+    rates         function(name, Tensor) -> what the learning rate is multiplied by for it
     steps         how many updates have been made
     m, v          the moments, flat (n,) in the parameters' dtype, in the order of `parameters`
 
@@ -39,7 +46,9 @@ class AdamW:
     and so is whether an update is left out.
     """
 
-    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, decays=is_matrix):
+    def __init__(
+        self, parameters, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, decays=is_matrix, rates=one_rate
+    ):
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
         if not trained:
@@ -47,8 +56,9 @@ class AdamW:
         for p in trained.values():
             if p.grad is None:
                 p.grad = xp_of(p.data).zeros_like(p.data)
-        self.runs = _runs(trained, decays)
-        self.gradients = [run.grad for run in _runs(trained, lambda *_: True)]  # in as few pieces as there are
+        self.runs = _runs(trained, decays, rates)
+        alike = _runs(trained, lambda *_: True, one_rate)
+        self.gradients = [run.grad for run in alike]  # in as few pieces as there are
         first = self.runs[0].data
         size, xp = sum(run.data.size for run in self.runs), xp_of(first)
         self.m, self.v, self.steps = xp.zeros(size, first.dtype), xp.zeros(size, first.dtype), 0
@@ -58,29 +68,33 @@ class AdamW:
         be an array () on the GPU (`gpu_clip_scale`), and where it is NaN nothing is changed; `steps` counts such an
         update, too, until whoever reads of it takes it back."""
         self.steps += 1
-        lr = self.lr if lr is None else lr
-        decays = (self.weight_decay if run.decays else 0.0 for run in self.runs)
-        self._update(({"lr": lr, "weight_decay": decay, "step": self.steps} for decay in decays), scale)
+        self._update(self._each(lr), scale)
 
     def schedule(self, lr=None):
         """The numbers of the next update that are others in every update, for `step_scheduled`: (runs, 3) float32, on
         the host. Counts the update."""
         self.steps += 1
-        lr, decays = self.lr if lr is None else lr, (self.weight_decay if run.decays else 0.0 for run in self.runs)
-        rows = [adamw.schedule_of(lr, *self.betas, decay, self.steps) for decay in decays]
+        rows = [adamw.schedule_of(beta1=self.betas[0], beta2=self.betas[1], **own) for own in self._each(lr)]
         return np.array(rows, np.float32)
 
     def step_scheduled(self, schedule, scale):
         """`step` with all its changing numbers in arrays on the GPU, so that a CUDA graph can hold it."""
         self._update(({"schedule": row} for row in schedule), scale)
 
+    def _each(self, lr):
+        """What each run has of its own in this update, as the kernel takes it."""
+        lr = self.lr if lr is None else lr
+        for run in self.runs:
+            decay = self.weight_decay if run.decays else 0.0
+            yield {"lr": lr * run.rate, "weight_decay": decay, "step": self.steps}
+
     def _update(self, each, scale):
         offset, (beta1, beta2) = 0, self.betas
-        for (data, grad, _), own in zip(self.runs, each, strict=True):
-            part = slice(offset, offset + data.size)
-            offset += data.size
-            moments = self.m[part], self.v[part]
-            adamw.step_inplace(data, *moments, grad, beta1=beta1, beta2=beta2, eps=self.eps, scale=scale, **own)
+        for run, own in zip(self.runs, each, strict=True):
+            part = slice(offset, offset + run.data.size)
+            offset += run.data.size
+            arrays = run.data, self.m[part], self.v[part], run.grad
+            adamw.step_inplace(*arrays, beta1=beta1, beta2=beta2, eps=self.eps, scale=scale, **own)
 
     def zero_grad(self):
         """Set every gradient to zero, in place."""
@@ -106,22 +120,22 @@ class AdamW:
         return global_norm([run.grad for run in self.runs] if on_host else self.gradients)
 
 
-def _runs(parameters, decays):
-    """`parameters` as Runs: neighbours in memory with the same weight decay become one."""
-    spans = []  # [owner of the data, its first element, the one after the last, owner of the gradient, decays]
+def _runs(parameters, decays, rates):
+    """`parameters` as Runs: neighbours in memory with the same weight decay and rate become one."""
+    spans = []  # [owner of the data, its first element, the one after the last, owner of the gradient, *(decays, rate)]
     for name, p in parameters.items():
         data, begin = _place(name, p.data)
         grad, grad_begin = _place(name, p.grad)
         if p.grad.shape != p.shape or p.grad.dtype != p.dtype:
             raise ValueError(f"the gradient of {name} is not of its shape and dtype")
-        decay, last = bool(decays(name, p)), spans[-1] if spans else None
-        if last and last[0] is data and last[3] is grad and last[2] == begin == grad_begin and last[4] == decay:
+        kind, last = [bool(decays(name, p)), float(rates(name, p))], spans[-1] if spans else None
+        if last and last[0] is data and last[3] is grad and last[2] == begin == grad_begin and last[4:] == kind:
             last[2] += p.size
         elif begin == grad_begin:
-            spans.append([data, begin, begin + p.size, grad, decay])
+            spans.append([data, begin, begin + p.size, grad, *kind])
         else:  # its own memory on one side only
-            spans.append([p.data.reshape(-1), 0, p.size, p.grad.reshape(-1), decay])
-    return [Run(data.reshape(-1)[a:b], grad.reshape(-1)[a:b], decay) for data, a, b, grad, decay in spans]
+            spans.append([p.data.reshape(-1), 0, p.size, p.grad.reshape(-1), *kind])
+    return [Run(data.reshape(-1)[a:b], grad.reshape(-1)[a:b], *kind) for data, a, b, grad, *kind in spans]
 
 
 def _place(name, array):

@@ -76,6 +76,28 @@ def test_weight_decay_spares_vectors_and_a_rule_can_change_that():
     assert np.allclose(w.data, 0.95) and np.allclose(b.data, 0.95)
 
 
+def test_a_rule_gives_some_parameters_another_rate():
+    """Each parameter moves, weight decay included, as it does where all have its rate; their memory stays in order."""
+    rates = lambda name, p: 10.0 if "embed" in name else 0.5 if name.endswith("q_proj.weight") else 1.0
+    start = tiny()
+    gradient = np.random.default_rng(0).standard_normal((3, start.flat.size))
+
+    def trained(lr, **options):
+        model = tiny()
+        optimizer = AdamW(model.parameters, lr=lr, weight_decay=0.3, **options)
+        for g in gradient:
+            model.flat_grad[...] = g
+            optimizer.step(scale=0.7)
+        assert optimizer.grad_norm() == pytest.approx(np.linalg.norm(gradient[-1]), rel=1e-12)
+        return model.parameters
+
+    found = trained(0.01, rates=rates)
+    alone = {rate: trained(0.01 * rate) for rate in (0.5, 1.0, 10.0)}
+    for name, p in found.items():
+        assert np.array_equal(p.data, alone[rates(name, p)][name].data)
+        assert not np.array_equal(p.data, start.parameters[name].data)
+
+
 def test_frozen_parameters_stay_and_nothing_to_train_is_an_error():
     a, b = Tensor(np.ones((2, 2)), True), Tensor(np.ones((2, 2)))
     optimizer = AdamW({"a": a, "b": b}, lr=0.1)

@@ -112,6 +112,7 @@ WRONG = {
     "flight_record": -1, "eval_questions": -1, "lora_rank": -1, "lora_alpha": 0.0,
     "quantize": "int8", "workers": 0, "resume": "yes", "overwrite": 1, "tensorboard": None, "whiten_rewards": 0,
     "keep_best": "no", "device": "gpu", "precision": "half",
+    "embedding_lr": -0.1,
     "save_every": -1, "save_minutes": -0.1, "keep_last": 0, "out": "o", "model": 5, "reference": True, "reward": "r",
     "replay": 1, "template": Path("t"), "questions": "q",
 }  # fmt: skip
@@ -232,17 +233,18 @@ def test_by_length_loses_nothing_and_puts_like_to_like(lengths, size):
 
 @given(st.lists(st.integers(0, 9), max_size=40), st.sampled_from([0.0, 0.1, 0.5, 0.9]), st.integers(0, 5))
 def test_what_is_held_out_is_chosen_by_key_and_seed(keys, share, seed):
-    items = [SimpleNamespace(where=str(key), place=i) for i, key in enumerate(keys)]
-    kept, held = common.hold_out(items, share, seed)
+    items = [SimpleNamespace(where=f"x:{i}", key=key, place=i) for i, key in enumerate(keys)]
+    held_out = lambda some: common.hold_out(some, share, seed, key=lambda item: item.key)
+    kept, held = held_out(items)
     assert sorted([*kept, *held], key=lambda i: i.place) == items
     assert [i.place for i in kept] == sorted(i.place for i in kept) and [i.place for i in held] == sorted(
         i.place for i in held
     )
-    assert not {i.where for i in kept} & {i.where for i in held}
+    assert not {i.key for i in kept} & {i.key for i in held}
     different = len(set(keys))
-    assert len({i.where for i in held}) == min(round(share * different), max(different - 1, 0))
-    assert common.hold_out(items, share, seed) == (kept, held)
-    assert not items or kept
+    assert len({i.key for i in held}) == min(round(share * different), max(different - 1, 0))
+    assert held_out(items) == (kept, held) and (not items or kept)
+    assert held_out(items * 3) == (kept * 3, held)  # a file that is given three times
 
 
 def test_another_seed_holds_out_others():
@@ -952,6 +954,27 @@ def test_a_reward_model_tells_its_accuracy_on_each_file(tmp_path):
     last = rows_of(tmp_path / "out/metrics.jsonl")[-1]
     assert last["eval_accuracy/clear"] == 1.0 and 0.1 < last["eval_accuracy/odd"] < 0.9
     assert last["eval_accuracy/odd"] < last["eval_accuracy"] < 1.0
+
+
+def test_a_reward_models_embedding_and_head_have_a_rate_of_their_own(tmp_path):
+    """Adam's first update moves every weight that has a gradient by its learning rate, whatever the gradient."""
+    rows = [{"prompt": f"{n}", "chosen": "yes", "rejected": "no"} for n in range(10)]
+    moved = {}
+    for embedding_lr in (0.0, 0.02):
+        config = reward.RewardConfig(
+            **{"out": tmp_path / f"{embedding_lr}", "model": model_folder(tmp_path / "base"), "weight_decay": 0.0},
+            **{"batch_size": 9, "lr": 1e-3, "embedding_lr": embedding_lr, "warmup": 0.0, "max_grad_norm": 1e9},
+            data=(write(tmp_path / "p.jsonl", rows),),
+        )
+        trained, _ = reward.train(config)
+        before = common.load_with_head(tmp_path / "base", "scalar", config.seed).parameters
+        steps = {name: np.abs(p.data - before[name].data).max() for name, p in trained.parameters.items()}
+        moved[embedding_lr] = steps
+    faster = {"model.embed_tokens.weight", "score.weight"}
+    assert faster < moved[0.0].keys()
+    for name, size in moved[0.0].items():
+        assert size == pytest.approx(1e-3, rel=0.01), name
+        assert moved[0.02][name] == pytest.approx(0.02 if name in faster else 1e-3, rel=0.01), name
 
 
 def test_preferences_of_two_files_with_one_name_stay_apart():

@@ -26,7 +26,7 @@ from ..files import read_object
 from ..hub import check_vocabulary, load_pretrained, read_config, save_pretrained
 from ..kernels.device import check_device, number, to_host, upcast
 from ..model import build
-from ..optim import AdamW, cosine_schedule, linear_schedule
+from ..optim import AdamW, cosine_schedule, linear_schedule, one_rate
 from ..parallel import in_shares
 from ..tokenizer import Tokenizer
 
@@ -154,9 +154,9 @@ class Settings:
         """The model on the device, with activations of the precision."""
         return model.to(self.device, self.precision)
 
-    def optimizer(self, parameters):
-        """An AdamW with these settings."""
-        return AdamW(parameters, self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay)
+    def optimizer(self, parameters, rates=one_rate):
+        """An AdamW with these settings; rates: what lr is multiplied by for some parameters."""
+        return AdamW(parameters, self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay, rates=rates)
 
     def learning_rate(self, step, steps):
         """The learning rate of update `step`, counted from 0."""
@@ -209,7 +209,8 @@ class TuningSettings(ChatSettings):
     """Examples. What trainers on files of answers can be told: SFT, reward model, DPO."""
 
     data: tuple[Path, ...]
-    """JSON lines: {"messages": [...]} for SFT; {"prompt", "chosen", "rejected"} or {"prompt", "ranked": [best, ...]}"""
+    """JSON lines: {"messages": [...]} for SFT; {"prompt", "chosen", "rejected"} or {"prompt", "ranked": [best, ...]}. A
+    file that is given several times counts as often in training, and once in the held-out part"""
     length: int = 0
     """tokens of the longest example; 0: the model's context. Longer ones are left out and counted"""
     epochs: float = 1.0
@@ -403,12 +404,13 @@ def read_files(paths, read, bad=None):
 
 def hold_out(items, share, seed, key=lambda item: item.where):
     """(kept, held out): about 1 - share and share of the items, in their old order; one key is on one side. Of few
-    items, at least one key's are kept."""
+    items, at least one key's are kept. An item that is there twice, as its file was given twice, is held out once."""
     keys = sorted({key(item) for item in items})
     count = min(round(share * len(keys)), max(len(keys) - 1, 0))
     chosen = np.random.default_rng((seed, 1)).permutation(len(keys))[:count]
     chosen = {keys[i] for i in chosen.tolist()}
-    return [i for i in items if key(i) not in chosen], [i for i in items if key(i) in chosen]
+    held = {item.where: item for item in items if key(item) in chosen}
+    return [item for item in items if key(item) not in chosen], list(held.values())
 
 
 def longest_first(examples):

@@ -54,6 +54,9 @@ class RewardConfig(TuningSettings, LoraSettings):
 
     lr: float = 5e-4
     """the peak learning rate"""
+    embedding_lr: float = 0.0
+    """that of the embedding and the new head; 0: lr. Words tell much about an answer, and each one has a gradient in
+    few updates; under Adam an embedding takes a higher rate than matrices anyway (Yang et al. 2022)"""
     warmup: float = 0.05
     """the share of the updates in which it rises"""
     weight_decay: float = 0.01
@@ -62,6 +65,7 @@ class RewardConfig(TuningSettings, LoraSettings):
     def __post_init__(self):
         super().__post_init__()
         self.at_least("centring", 0)
+        self.at_least("embedding_lr", 0)
 
 
 def preference_loss(r, examples, config, count):
@@ -176,7 +180,8 @@ def train(config):
     if examples.left_out:
         print(f"left out: {examples.summary()}")
     print(f"{len(examples):,} preferences, {sum(map(len, tests.values())):,} held out")
-    optimizer = config.optimizer(model.parameters)
+    factor, faster = config.embedding_lr / config.lr or 1.0, {model.embedding_name, "score.weight"}
+    optimizer = config.optimizer(model.parameters, lambda name, _: factor if name in faster else 1.0)
 
     def evaluate():
         margins = {name: held_margins(model, some, pad_id) for name, some in tests.items() if some}
