@@ -674,6 +674,9 @@ class MemoryPool:
     def malloc(self, size):
         raise NotImplementedError("using_allocator only asks whose it is")
 
+    def total_bytes(self):
+        return 1 << 20
+
 
 @contextlib.contextmanager
 def using_allocator(allocator=None):
@@ -833,10 +836,12 @@ def _modules():
     Stream.known.clear()
     Stream.current = Stream(null=True)
     runtime = module("cupy.cuda.runtime", getDeviceCount=device_count, CUDARuntimeError=CUDARuntimeError)
+    runtime.runtimeGetVersion = lambda: 13000
     runtime.getDeviceProperties = lambda device: {"name": b"a processor that plays a GPU"}
     memory = module("cupy.cuda.memory", OutOfMemoryError=OutOfMemoryError)
     cuda = module("cupy.cuda", Event=Event, Device=Device, runtime=runtime, memory=memory, Stream=Stream)
     cuda.get_current_stream = lambda device_id=-1: Stream.current
+    cuda.get_elapsed_time = lambda begin, end: 1.0  # ms
     cuda.MemoryPool, cuda.using_allocator, cuda.Graph = MemoryPool, using_allocator, Graph
     cuda.is_available = lambda: bool(Device.count)
     ours = {name: globals()[name] for name in _PUBLIC.split()}
@@ -844,6 +849,7 @@ def _modules():
     constants = {"inf": np.inf, "nan": np.nan, "pi": np.pi, "newaxis": None}
     cupy = module("cupy", **ours, **_UFUNCS, **scalars, **constants, abs=_UFUNCS["absolute"], cuda=cuda)
     cupy.divide, cupy.result_type, cupy.__version__ = _UFUNCS["true_divide"], np.result_type, "14.2.0"
+    cupy.get_default_memory_pool = MemoryPool
     cupy.synchronized, cupy.allow_synchronize = synchronized, allow_synchronize
     for name in ("sum", "mean", "max", "min", "any", "all"):
         setattr(cupy, name, lambda a, *args, _name=name, **options: getattr(a, _name)(*args, **options))

@@ -3,6 +3,7 @@ references; and where there is a GPU, on that."""
 
 import contextlib
 import dataclasses
+import importlib.util
 import inspect
 import io
 import json
@@ -687,6 +688,32 @@ def test_updates_on_the_cuda_kernels_are_those_of_the_references(kind, precision
         strict=True,
     ):
         assert np.linalg.norm(a - b) < limit * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("fault", [[], [("rms_norm.cu", "/ D + eps", "/ (D + 1) + eps")]])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_benchmark_of_kernels(dtype, fault, cupy, monkeypatch, capsys, tmp_path):
+    """All of it but the timed sizes and the ceilings; and what is wrong is told and not timed."""
+    spec = importlib.util.spec_from_file_location("bench_kernels", ROOT / "scripts/bench_kernels.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.delenv("MINILLM_KERNELS")
+    example, file = script.example, tmp_path / "x.json"
+    monkeypatch.setattr(script, "example", lambda kernel, seed, size, *rest: example(kernel, seed, "ragged", *rest))
+    monkeypatch.setattr(script, "ceilings", lambda rounds: (1e12, 1e15))
+    monkeypatch.setattr(script, "counterparts", lambda *_: {})
+    options = ["--only=rms_norm_forward", f"--dtype={dtype}", "--rounds=1", "--check", f"--json={file}"]
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--device=cuda", *options])
+    with on_cpu(OnCpu(edits={name: [(old, new)] for name, old, new in fault})):
+        if fault:
+            with pytest.raises(SystemExit, match="1 versions are wrong, and were not timed"):
+                script.main()
+        else:
+            script.main()
+    printed, (row,) = capsys.readouterr().out, json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert "a processor that plays a GPU, CuPy 14.2.0" in printed and "copy 1,000 GB/s" in printed
+    assert ("WRONG" in printed) == bool(fault) and printed.count("missing") == 1 + bool(fault)  # no numba.cuda version
+    assert row["seconds"] == dict.fromkeys(["reference"] if fault else ["cuda", "reference"], 1e-3 / 8)
 
 
 # ------------------------------------------------------------------ what can not be had

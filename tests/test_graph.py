@@ -2,6 +2,10 @@
 with the numbers of that moment (tests/fake_cupy.py), and with the CUDA kernels' own code."""
 
 import dataclasses
+import json
+import runpy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +25,7 @@ from tests.fake_cupy import OnCpu, installed
 from tests.test_device import KINDS, SMALL, gpu_there, rows_of
 from tests.world import TOKENIZER, config, make_world
 
+ROOT = Path(__file__).parents[1]
 V = TOKENIZER.vocab_size
 pytestmark = pytest.mark.filterwarnings("ignore:no cublasLt")
 
@@ -318,6 +323,19 @@ def test_a_gradient_that_is_not_finite_stops_it(world, tmp_path, cupy):
 def test_a_graph_is_for_the_gpu(tmp_path):
     with pytest.raises(ValueError, match=r"^--cuda-graph has to be False but with --device cuda, and is True$"):
         pretrain.PretrainConfig(data=tmp_path, out=tmp_path / "out", cuda_graph=True)
+
+
+@pytest.mark.parametrize("graph", [[], ["--graph"]])
+def test_the_benchmark_of_training(graph, cupy, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    sizes = {"vocab": 50, "width": 16, "layers": 1, "heads": 2, "length": 8, "batch": 3, "rounds": 2, "steps": 2}
+    options = [f"--{name}={n}" for name, n in sizes.items()]
+    monkeypatch.setattr(sys, "argv", ["x", *options, "--device", "cuda", f"--json={tmp_path / 'x.json'}", *graph])
+    runpy.run_path(str(ROOT / "scripts/bench_training.py"), run_name="__main__")
+    assert "TFLOP/s of the model" in capsys.readouterr().out
+    noted = json.loads((tmp_path / "x.json").read_text())["minillm"]
+    assert len(set(noted["losses"])) == 10 and noted["memory"] == (2 if graph else 1) << 20
+    assert fake_cupy.Graph.launched == (9 if graph else 0)
 
 
 @pytest.mark.skipif(gpu_there() is not None, reason=str(gpu_there()))
