@@ -314,9 +314,13 @@ FAULTS = {
             "bits: the two weights of a byte are swapped",
         ),
         ("c = self.offset + self", "c = self", "scale: the offset of double quantisation is not given back"),
-        ("u = (scale * (flat @ A.T))", "u = (flat @ A.T)", "ops: an adapter's output without its scale"),
-        ("[scale * (g[:, own] @ b) for", "[g[:, own] @ b for", "gradient: dA and dx without the scale"),
-        ("dx += v @ A", "pass", "gradient: dx of the frozen weight alone"),
+        ("u = (scale * multiply(flat, A.T))", "u = multiply(flat, A.T)", "ops: an adapter's output without its scale"),
+        ("v = (scale * v)", "v = v", "gradient: dA and dx without the scale"),
+        (
+            "multiply(v, A, multiply(g, _dense(weight, g.dtype)), add=True)",
+            "multiply(g, _dense(weight, g.dtype))",
+            "gradient: dx of the frozen weight alone",
+        ),
         ("math.sqrt(p.shape[1])", "math.sqrt(p.shape[0])", "kaimings: A's size by its rank, not by its inputs"),
         ("._replace(modules={})", "._replace()", "begins: the reference has the adapter, switched on"),
         (
