@@ -321,7 +321,7 @@ def test_a_gradient_that_is_not_finite_stops_it(world, tmp_path, cupy):
 
 
 def test_a_graph_is_for_the_gpu(tmp_path):
-    with pytest.raises(ValueError, match=r"^--cuda-graph has to be False but with --device cuda, and is True$"):
+    with pytest.raises(ValueError, match=r"^--cuda-graph has to be False without --device cuda, and is True$"):
         pretrain.PretrainConfig(data=tmp_path, out=tmp_path / "out", cuda_graph=True)
 
 

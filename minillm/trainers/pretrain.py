@@ -83,7 +83,7 @@ class PretrainConfig(Settings):
         if self.context and self.context < self.length:
             self.refuse("context", f"at least the rows' length {self.length}")
         if self.cuda_graph and self.device != "cuda":
-            self.refuse("cuda_graph", "False but with --device cuda")
+            self.refuse("cuda_graph", "False without --device cuda")
         if self.weights is not None and not (self.weights and all(w > 0 for w in self.weights.values())):
             self.refuse("weights", "above 0")
         new = {field.name: field.default for field in dataclasses.fields(self)}
