@@ -16,6 +16,7 @@ from minillm.kernels.graph import Graph
 from minillm.model import Config, build
 from minillm.optim import AdamW, gpu_clip_scale
 from minillm.trainers import pretrain
+from minillm.trainers import recorded as recorded_module
 from minillm.trainers.common import next_token_backward
 from minillm.trainers.recorded import RecordedUpdate
 from minillm.trainers.run import NotFinite
@@ -241,21 +242,20 @@ def test_batches_of_another_shape_are_another_graph(cupy):
     assert fake_cupy.Graph.launched == 6
 
 
-def test_a_recorded_update_leaves_out_what_is_not_finite(cupy):
+@pytest.mark.parametrize("bad", ["gradient", "loss"])
+def test_a_recorded_update_leaves_out_what_is_not_finite(bad, cupy, monkeypatch):
+    lost = cupy.zeros(())  # what the loss is off by, and the gradient does not know of
+    monkeypatch.setattr(recorded_module, "number", lambda x: device.number(x) + lost)
     model = build(Config(vocab_size=V, **SMALL)).to("cuda")
-    optimizer = AdamW(model.parameters)
-    update = RecordedUpdate(model, optimizer, 0, 1.0)
+    update = RecordedUpdate(model, AdamW(model.parameters), 0, 1.0)
     for step, batch in enumerate(batches(np.random.default_rng(3), 4)):
-        before, kept = model.flat.get(), model.flat[7].copy()
-        if step == 2:
-            model.flat[7] = np.nan
+        before = model.flat.get()
+        wrong, right = (lost, 0.0) if bad == "loss" else (model.flat[7:8], before[7].item())
+        wrong[...] = np.inf if step == 2 else right
         found = update(batch, 0.01)
-        assert np.isnan(found["loss"].item()) == (step == 2)
-        if step == 2:
-            model.flat[7] = kept
-            assert np.array_equal(model.flat.get(), before) and not model.flat_grad.get().any()
-        else:
-            assert not np.array_equal(model.flat.get(), before)
+        assert np.isfinite(found["loss"].item()) == (step != 2)
+        wrong[...] = right if step == 2 else wrong
+        assert np.array_equal(model.flat.get(), before) == (step == 2) and not model.flat_grad.get().any()
 
 
 def test_bad_input_is_told_before_it_reaches_the_gpu(cupy):
