@@ -154,11 +154,11 @@ _checked = [False]
 @contextlib.contextmanager
 def already_checked():
     """Context manager: ids on the GPU are not checked in here, because whoever moved them there has checked them."""
-    _checked[0] = True
+    before, _checked[0] = _checked[0], True
     try:
         yield
     finally:
-        _checked[0] = False
+        _checked[0] = before
 
 
 def check_ids(name, ids, n):

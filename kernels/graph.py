@@ -4,8 +4,8 @@ CUDA graphs: what a function tells the GPU to do, recorded once and from then on
     graph = Graph(function)
     loss, norm = graph(tokens, targets)     NumPy arrays in, arrays on the GPU out
 
-An update of a small model is some hundred kernels of a few microseconds each, and Python needs longer to ask for them
-than the GPU to run them. A recorded update costs one copy of its inputs and one launch.
+An update of a small model is some hundred kernels of a few microseconds each, and Python is expected to need longer to
+ask for them than a GPU to run them (not measured yet). A recorded update costs one copy of its inputs and one launch.
 
 What is recorded is the order of kernels, their addresses and their numbers, not the Python that asked for them. So
     * inputs lie in memory of the graph's own, and each call copies into it;
@@ -42,9 +42,11 @@ class Graph:
         key = tuple((x.shape, x.dtype.str) for x in inputs)
         calls = self._calls.get(key)
         if calls is None:
-            calls = self._calls[key] = _Calls(inputs)
+            calls = _Calls(inputs)
             with self._own_stream():
-                return self._function(*calls.inputs)
+                outputs = self._function(*calls.inputs)
+            self._calls[key] = calls  # now that all is loaded: a call that fails is a first one again
+            return outputs
         calls.take(inputs)
         if calls.recorded is None:
             with self._own_stream() as stream:
@@ -62,9 +64,11 @@ class Graph:
         asked for and before all that it will be. The current one may be the null stream, which can not be recorded."""
         current = cuda().get_current_stream()
         self._stream.wait_event(current.record())
-        with self._stream, cuda().using_allocator(self._pool.malloc), already_checked():
-            yield self._stream
-        current.wait_event(self._stream.record())
+        try:
+            with self._stream, cuda().using_allocator(self._pool.malloc), already_checked():
+                yield self._stream
+        finally:
+            current.wait_event(self._stream.record())
 
 
 class _Calls:

@@ -459,7 +459,6 @@ def test_adamw_takes_a_scale_on_the_device_and_writes_a_copy(version):
         adamw.numba_inplace(*adamw_step(Draw(np.float32), 67)[1], **ADAMW, copy=np.zeros(67, np.float32))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("version", ["reference", "numba", "cuda"])
 def test_adamw_takes_its_changing_numbers_from_memory(version):
     """The same bits as from numbers, which a CUDA graph could not change."""
@@ -476,6 +475,7 @@ def test_adamw_takes_its_changing_numbers_from_memory(version):
         assert np.array_equal(a, b) if version != "reference" else np.allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_adamw_on_memory_that_16_byte_accesses_do_not_fit():
     aligned = [x.copy() for x in adamw_step(Draw(np.float32), 4099)[1]]
     shifted = [np.concatenate([x[:1], x])[1:] for x in aligned]

@@ -1,7 +1,6 @@
 """A recorded update is an update: on a stand-in for CuPy whose graphs do again what was told when they were recorded,
 with the numbers of that moment (tests/fake_cupy.py), and with the CUDA kernels' own code."""
 
-import dataclasses
 import json
 import runpy
 import sys
@@ -19,7 +18,7 @@ from minillm.trainers import pretrain
 from minillm.trainers import recorded as recorded_module
 from minillm.trainers.common import next_token_backward
 from minillm.trainers.recorded import RecordedUpdate
-from minillm.trainers.run import NotFinite
+from minillm.trainers.run import NotFinite, Run
 from tests import fake_cupy
 from tests.cuda_on_cpu import on_cpu
 from tests.fake_cupy import OnCpu, installed
@@ -84,30 +83,30 @@ def test_inputs_of_any_kind_arrive(cupy):
             assert np.array_equal(found.get(), expected)
 
 
-def test_an_error_while_it_is_recorded_leaves_the_stream_as_it_was(cupy):
-    fails = []
+@pytest.mark.parametrize("good", [0, 1])
+def test_an_error_in_the_function_leaves_everything_as_it_was(good, cupy):
+    """In the first call or while it is recorded: the next call is then the first one, or recorded, again."""
+    fails, stream = [], cupy.cuda.get_current_stream()
 
     def function(x):
+        y = x + 1
         if fails:
             raise RuntimeError("as it may")
-        return (x + 1,)
+        return (y,)
 
-    graph, stream = Graph(function), cupy.cuda.get_current_stream()
-    graph(np.zeros(1))
+    graph = Graph(function)
+    for _ in range(good):
+        graph(np.zeros(1))
     fails.append(True)
     with pytest.raises(RuntimeError, match="as it may"):
         graph(np.zeros(1))
     fails.clear()
-    assert cupy.cuda.get_current_stream() is stream and graph(np.ones(1))[0].item() == 2
+    assert cupy.cuda.get_current_stream() is stream and (cupy.ones(1) + 1).item() == 2
+    assert [graph(np.full(1, float(n)))[0].item() for n in range(3)] == [1, 2, 3]
+    assert fake_cupy.Graph.launched == 2 + good
 
 
 # ------------------------------------------------------------------ what the stand-in refuses
-
-
-def record(cupy, function):
-    graph = Graph(function)
-    for _ in range(2):
-        graph(np.ones(3, np.float32))
 
 
 @pytest.mark.parametrize(
@@ -121,8 +120,10 @@ def record(cupy, function):
     ],
 )
 def test_a_recording_refuses_what_would_not_be_done_again(function, told, cupy):
+    graph = Graph(lambda x: function(cupy, x))
+    graph(np.ones(3, np.float32))
     with pytest.raises(AssertionError, match=told):
-        record(cupy, lambda x: function(cupy, x))
+        graph(np.ones(3, np.float32))
     assert (cupy.ones(1) + 1).item() == 2  # the recording is over
 
 
@@ -302,16 +303,30 @@ def settings(world, out, **options):
 
 
 def test_pretraining_with_a_graph(world, tmp_path, cupy, monkeypatch):
-    """The same curve as on the host, stopped and resumed in between, and nothing waits."""
-    on_gpu = settings(world, tmp_path / "gpu", device="cuda", cuda_graph=True)
-    pretrain.train(settings(world, tmp_path / "cpu"))
-    short = dataclasses.replace(on_gpu, tokens=4 * 4 * 24)
-    pretrain.train(short)
-    model, _ = pretrain.train(dataclasses.replace(on_gpu, resume=True))
-    curves = [[row["loss"] for row in rows_of(tmp_path / name) if "loss" in row] for name in ("cpu", "gpu")]
-    assert len(curves[1]) == len(curves[0]) and model.device == "cuda"
-    np.testing.assert_allclose(curves[1][:3], curves[0][:3], rtol=1e-5)
-    assert fake_cupy.Graph.launched == 7  # of nine updates, the first of each run is none
+    """The same curve as on the host, also of a run that was stopped and resumed in between; and nothing waits."""
+    steps, told = (
+        Run.steps,
+        {"schedule": "constant", "warmup": 0.0},
+    )  # the rate does not depend on how long the run is to be
+
+    def watched(self, *args):
+        for step in steps(self, *args):
+            with cupy.allow_synchronize(False):
+                yield step
+
+    pretrain.train(settings(world, tmp_path / "cpu", **told))
+    monkeypatch.setattr(Run, "steps", watched)
+    for name, stops in (("whole", [9]), ("resumed", [4, 9])):
+        for updates in stops:
+            more = {"tokens": updates * 4 * 24, "resume": updates != stops[0]}
+            pretrain.train(settings(world, tmp_path / name, device="cuda", cuda_graph=True, **told, **more))
+    curves = [
+        [row["loss"] for row in rows_of(tmp_path / name) if "loss" in row] for name in ("cpu", "whole", "resumed")
+    ]
+    assert len(curves[0]) == 9
+    for curve in curves[1:]:
+        np.testing.assert_allclose(curve, curves[0], rtol=1e-4)
+    assert fake_cupy.Graph.launched == 8 + 3 + 4  # the first update of each start is none
 
 
 def test_a_gradient_that_is_not_finite_stops_it(world, tmp_path, cupy):

@@ -956,25 +956,29 @@ def test_a_reward_model_tells_its_accuracy_on_each_file(tmp_path):
     assert last["eval_accuracy/odd"] < last["eval_accuracy"] < 1.0
 
 
+def first_step(tmp_path, name, **options):
+    """{parameter: how far a reward model's first update moves it, at most}, under a learning rate of 1e-3."""
+    rows = [{"prompt": f"{n}", "chosen": "yes", "rejected": "no"} for n in range(10)]
+    config = reward.RewardConfig(
+        **{"out": tmp_path / name, "model": model_folder(tmp_path / "base"), "weight_decay": 0.0, "batch_size": 9},
+        **{"lr": 1e-3, "warmup": 0.0, "max_grad_norm": 1e9, "data": (write(tmp_path / "p.jsonl", rows),), **options},
+    )
+    trained, _ = reward.train(config)
+    before = common.load_with_head(tmp_path / "base", "scalar", config.seed).parameters
+    return {name: np.abs(p.data - before[name].data).max() for name, p in trained.parameters.items()}
+
+
 def test_a_reward_models_embedding_and_head_have_a_rate_of_their_own(tmp_path):
     """Adam's first update moves every weight that has a gradient by its learning rate, whatever the gradient."""
-    rows = [{"prompt": f"{n}", "chosen": "yes", "rejected": "no"} for n in range(10)]
-    moved = {}
-    for embedding_lr in (0.0, 0.02):
-        config = reward.RewardConfig(
-            **{"out": tmp_path / f"{embedding_lr}", "model": model_folder(tmp_path / "base"), "weight_decay": 0.0},
-            **{"batch_size": 9, "lr": 1e-3, "embedding_lr": embedding_lr, "warmup": 0.0, "max_grad_norm": 1e9},
-            data=(write(tmp_path / "p.jsonl", rows),),
-        )
-        trained, _ = reward.train(config)
-        before = common.load_with_head(tmp_path / "base", "scalar", config.seed).parameters
-        steps = {name: np.abs(p.data - before[name].data).max() for name, p in trained.parameters.items()}
-        moved[embedding_lr] = steps
+    plain, found = first_step(tmp_path, "plain"), first_step(tmp_path, "own", embedding_lr=0.02)
     faster = {"model.embed_tokens.weight", "score.weight"}
-    assert faster < moved[0.0].keys()
-    for name, size in moved[0.0].items():
+    assert faster < plain.keys()
+    for name, size in plain.items():
         assert size == pytest.approx(1e-3, rel=0.01), name
-        assert moved[0.02][name] == pytest.approx(0.02 if name in faster else 1e-3, rel=0.01), name
+        assert found[name] == pytest.approx(0.02 if name in faster else 1e-3, rel=0.01), name
+    adapted = first_step(tmp_path, "adapted", embedding_lr=0.02, lora_rank=2)
+    assert adapted["score.weight"] == pytest.approx(0.02, rel=0.01)
+    assert adapted["model.embed_tokens.weight"] == 0
 
 
 def test_preferences_of_two_files_with_one_name_stay_apart():

@@ -139,8 +139,8 @@ def train(config):
     held_out = [rows.rows(some) for rows, some in zip(tests, spread, strict=True)]
     claim(config)
     optimizer = config.optimizer(model.parameters)
-    graph = model, optimizer, config.micro_batch_size, config.max_grad_norm
-    recorded = RecordedUpdate(*graph) if config.cuda_graph else None
+    if config.cuda_graph:
+        recorded = RecordedUpdate(model, optimizer, config.micro_batch_size, config.max_grad_norm)
     steps = math.ceil(config.tokens / (config.batch_size * config.length))
     lengths = byte_lengths(tokenizer)
 
@@ -161,10 +161,10 @@ def train(config):
             batch = next(batches)
             if not batch.mask.any():
                 continue  # nothing to learn from: an update would only apply the weight decay
-            if recorded is not None:
+            if config.cuda_graph:
                 run.updated(optimizer, recorded(batch, run.lr), tokens=batch.x.size)
-                continue
-            loss = next_token_backward(model, batch, config.micro_batch_size, config.workers)
-            run.update(optimizer, {"loss": loss}, tokens=batch.x.size)
+            else:
+                loss = next_token_backward(model, batch, config.micro_batch_size, config.workers)
+                run.update(optimizer, {"loss": loss}, tokens=batch.x.size)
         run.load_best()
     return save_trained(config, model, tokenizer), tokenizer

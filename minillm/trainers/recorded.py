@@ -1,6 +1,6 @@
 """
-An update of next-token training as one CUDA graph: for models so small that Python asks for their kernels more slowly
-than the GPU runs them.
+An update of next-token training as one CUDA graph: meant for models so small that Python asks for their kernels more
+slowly than a GPU runs them.
 """
 
 from typing import NamedTuple

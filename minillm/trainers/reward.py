@@ -20,6 +20,7 @@ from ..data.conversations import encode_preferences, read_preferences
 from ..data.datasets import Batches, Items
 from ..data.readers import Bad
 from ..kernels.device import beside, number, to_host, xp_of
+from ..lora import HEAD
 from ..losses import ranking_loss, reward_loss
 from ..parallel import in_shares
 from .common import (
@@ -180,8 +181,8 @@ def train(config):
     if examples.left_out:
         print(f"left out: {examples.summary()}")
     print(f"{len(examples):,} preferences, {sum(map(len, tests.values())):,} held out")
-    factor, faster = config.embedding_lr / config.lr or 1.0, {model.embedding_name, "score.weight"}
-    optimizer = config.optimizer(model.parameters, lambda name, _: factor if name in faster else 1.0)
+    factor, faster = config.embedding_lr / config.lr or 1.0, (model.embedding_name, HEAD)  # an adapter's have a prefix
+    optimizer = config.optimizer(model.parameters, lambda name, _: factor if name.endswith(faster) else 1.0)
 
     def evaluate():
         margins = {name: held_margins(model, some, pad_id) for name, some in tests.items() if some}
