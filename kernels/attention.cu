@@ -586,16 +586,19 @@ backward_keys(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const fl
         if (own.any(i0, BQ)) {
             typename E::Scores p;
             E::products(p, own_k, qs + stage * BQ * E::ROW);
-            E::products(ds, own_v, dos + stage * BQ * E::ROW);
             if (!own.whole(i0, BQ)) hide<E>(p, seen, j0, i0);
 #pragma unroll
             for (int c = 0; c < E::Scores::C; ++c) {
-                const float lse_i = stats_of[E::column(c)], delta_i = stats_of[BQ + E::column(c)];
+                const float lse_i = stats_of[E::column(c)];
 #pragma unroll
-                for (int r = 0; r < E::R; ++r) {
-                    p(r, c) = exp2_fast(fmaf(scale2, p(r, c), -lse_i));
-                    ds(r, c) = p(r, c) * (ds(r, c) - delta_i);
-                }
+                for (int r = 0; r < E::R; ++r) p(r, c) = exp2_fast(fmaf(scale2, p(r, c), -lse_i));
+            }
+            E::products(ds, own_v, dos + stage * BQ * E::ROW);  // not before p is done: a register less at D = 64
+#pragma unroll
+            for (int c = 0; c < E::Scores::C; ++c) {
+                const float delta_i = stats_of[BQ + E::column(c)];
+#pragma unroll
+                for (int r = 0; r < E::R; ++r) ds(r, c) = p(r, c) * (ds(r, c) - delta_i);
             }
             E::accumulate(dv_sum, p, dos + stage * BQ * E::ROW, scratch);
             E::accumulate(dk_sum, ds, qs + stage * BQ * E::ROW, scratch);

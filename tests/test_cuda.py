@@ -20,9 +20,6 @@ MODULES = [importlib.import_module(f"minillm.kernels.{m.name}") for m in pkgutil
 SOURCES = sorted({x for m in MODULES for x in vars(m).values() if isinstance(x, cuda.Source)}, key=lambda s: s.name)
 FILES = sorted(cuda.FOLDER.glob("*.cu"))
 OTHERS = ("sm_80", "sm_100")
-# Bytes that are known to spill: one register, written and read once, that sm_120's compiler needs above the 255 that
-# there are. No other architecture's does.
-SPILLS = {("sm_120", f"backward_keys<{t}, 64, 128, 32, 4, false, false>"): 8 for t in ("bf16", "fp16")}
 every_source = pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.name)
 
 
@@ -37,7 +34,7 @@ def check_resources(source, found, architecture):
     for instance, made in found.items():
         what = f"{source.name}, {instance}, {architecture}: {made._replace(code=made.code[:4])}"
         assert made.code.startswith(b"\x7fELF"), what
-        assert made.spilled == made.stack == SPILLS.get((architecture, instance), 0), what
+        assert made.spilled == 0 and made.stack == 0, what
         assert made.registers <= (source.instances[instance] if architecture == "sm_90" else 255), what
 
 
