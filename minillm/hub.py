@@ -34,6 +34,7 @@ LLAMA_LIKE = {
     "Qwen3ForCausalLM": {"qk_norm": True},
 }
 CLASSIFIER = "ForSequenceClassification"  # how a scalar head is called there; one label makes it a reward model
+POOLING = "score_pooling"  # a key of ours: classifiers there read the last token
 ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
@@ -127,8 +128,9 @@ def config_of(values, where="config.json"):
     found["initializer_range"] = keys.get("initializer_range", _is_positive, 0.02)
     if found["max_position_embeddings"] > LONGEST_CONTEXT:
         raise ValueError(f"{where}: {found['max_position_embeddings']} positions are more than {LONGEST_CONTEXT}")
+    keys.only(POOLING, "last", "mean")
     try:
-        return Config(**found, head=head)
+        return Config(**found, head=head, pooling=values.get(POOLING, "last"))
     except ValueError as error:  # values that do not go together
         raise ValueError(f"{where}: {str(error).replace('Config.', '')}") from None
 
@@ -499,6 +501,7 @@ def config_values(config, dtype="float32"):
     }
     if scalar:
         shared |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+        shared |= {POOLING: config.pooling} if config.pooling != "last" else {}
     if config.architecture == "gpt2":
         return shared | {
             "architectures": ["GPT2" + (CLASSIFIER if scalar else "LMHeadModel")],

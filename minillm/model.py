@@ -34,6 +34,7 @@ class Config:
     architecture  "llama" (RMSNorm, RoPE, SwiGLU; also Mistral, Qwen2, Qwen3) or "gpt2" (LayerNorm, learned positions,
                   GELU, biases everywhere)
     head          "lm" for logits, "scalar" for one number per token: reward and value models
+    pooling       a scalar head's score of an answer: its number at the "last" token, or the "mean" of all its tokens'
     """
 
     vocab_size: int
@@ -46,6 +47,7 @@ class Config:
     max_position_embeddings: int = 1024
     architecture: str = "llama"
     head: str = "lm"
+    pooling: str = "last"
     tie_word_embeddings: bool = True
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
@@ -70,9 +72,10 @@ class Config:
             value = getattr(self, field.name)
             if field.type in (int, int | None) and value is not None and (not _is_int(value) or value < 1):
                 self._refuse(field.name, "must be a positive whole number")
-        for name, choices in (("architecture", ("llama", "gpt2")), ("head", ("lm", "scalar"))):
-            if getattr(self, name) not in choices:
-                self._refuse(name, f"must be one of {', '.join(choices)}")
+        choices = {"architecture": ("llama", "gpt2"), "head": ("lm", "scalar"), "pooling": ("last", "mean")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                self._refuse(name, f"must be one of {', '.join(known)}")
         if self.num_attention_heads % self.num_key_value_heads:
             self._refuse("num_key_value_heads", f"must divide num_attention_heads {self.num_attention_heads}")
         if self.architecture == "llama" and self.head_dim % 2:

@@ -146,6 +146,7 @@ OWN = {
         "held_out": 0.1,
         "lr": 4e-4,
         "embedding_lr": 8e-3,
+        "pooling": "mean",
         **SHARED,
     },
     "ppo": {"episodes": 1024},

@@ -70,7 +70,7 @@ from minillm.trainers.evaluation import (
     stops,
     text_metrics,
 )
-from minillm.trainers.ppo import model_rewards
+from minillm.trainers.ppo import as_answer, model_rewards
 from minillm.trainers.pretrain import PretrainConfig
 from minillm.trainers.run import claim
 from scripts import command_line
@@ -514,8 +514,8 @@ def answered(options, subject, prompts, new):
     answers, lines = say(options.temperature), dict(TEXT)
     each, metrics = [{"completion": a.text, "ended": a.ended} for a in answers], text_metrics(answers)
     if subject.reward:
-        sequences = [np.concatenate([ids, a.ids]) for ids, a in zip(prompts, answers, strict=True)]
-        scores = model_rewards(subject.reward, subject.pad_id)(sequences)
+        given = [as_answer(ids, a.ids) for ids, a in zip(prompts, answers, strict=True)]
+        scores = model_rewards(subject.reward, subject.pad_id)(given)
         each = [row | {"score": score} for row, score in zip(each, scores.tolist(), strict=True)]
         metrics["score"], lines["score"] = scores.mean(), (f"score by {name_of(options.reward)}", shown)
     if subject.reference:

@@ -348,9 +348,15 @@ FAULTS = {
             "probabilities: the frozen ones are at temperature 1",
         ),
         (
-            "model.hidden(tokens, start)[row, last]",
-            "model.hidden(tokens, start)[row, -1]",
+            "scalar_head(model, hidden[row, last])",
+            "scalar_head(model, hidden[row, -1])",
             "scores: read at the end of the row, which may be padding",
+        ),
+        ("begin + np.flatnonzero(mask) for", "np.flatnonzero(mask) for", "scores: of what stands first in the row"),
+        (
+            "masked_mean(each, beside(there, each.data), axis=1)",
+            "each.mean(axis=1)",
+            "scores: a mean that counts where there is no token",
         ),
         (
             "p.data[...] = model.parameters[name].data",

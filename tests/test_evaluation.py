@@ -491,14 +491,14 @@ def test_sft_writes_the_best_evaluations_model(keep_best, kept, tmp_path, monkey
 
 def two_answers_each(given, score):
     """against_gold of [(question, answer, answer), ...] and their scores."""
-    asked, sequences = [], []
+    asked, answers = [], []
     for q, *texts in given:
         prompt = evaluation.question_prompts([q], "chatml", TOKENIZER)[0]
         conversation = Conversation("x:1", q.row()["messages"], q.row())
         for text in texts:
             asked.append((prompt, conversation))
-            sequences.append(np.concatenate([prompt, ids(text), [TOKENIZER.special_tokens["<|im_end|>"]]]))
-    return ppo.against_gold(asked, sequences, np.array(score, np.float64), TOKENIZER)
+            answers.append(ppo.as_answer(prompt, [*ids(text), TOKENIZER.special_tokens["<|im_end|>"]]))
+    return ppo.against_gold(asked, answers, np.array(score, np.float64), TOKENIZER)
 
 
 def test_ppo_asks_whether_the_reward_model_ranks_as_gold_does():

@@ -38,8 +38,8 @@ class Tabular:
     """A model with a free number for each output after each prefix: its hidden state says which prefix it has read
     (nothing, for one that is not in PREFIXES), and its head (outputs, prefixes) is the table."""
 
-    def __init__(self, table):
-        self.config = SimpleNamespace(max_position_embeddings=8, vocab_size=V)
+    def __init__(self, table, pooling="last"):
+        self.config = SimpleNamespace(max_position_embeddings=8, vocab_size=V, pooling=pooling)
         self.head = Tensor(np.array(table, np.float64), requires_grad=True)
         self.parameters = {"table": self.head}
         self.one_hot = np.zeros(((V + 1) ** 6, len(PREFIXES)))
@@ -54,8 +54,8 @@ class Tabular:
         return Tensor(np.stack(found, 1))
 
 
-def tabular(seed, outputs=V):
-    return Tabular(np.random.default_rng(seed).standard_normal((outputs, len(PREFIXES))))
+def tabular(seed, outputs=V, **options):
+    return Tabular(np.random.default_rng(seed).standard_normal((outputs, len(PREFIXES))), **options)
 
 
 def llama(seed=0, vocab_size=V, dtype=np.float32, **options):
@@ -134,8 +134,8 @@ def ppo_distance(policy, scores, config):
     with Run(config, config.episodes // config.batch_size) as run:
         for step in run.steps():
             prompts, cache = [PROMPTS[x] for x in asked], isinstance(policy, Llama)
-            batch, sequences, _ = ppo.rollout(policy, prompts, config, (), 0, (config.seed, 2, step), cache)
-            score = np.array([scores[x, V * s[-2] + s[-1]] for x, s in zip(asked, sequences, strict=True)])
+            batch, answers, _ = ppo.rollout(policy, prompts, config, (), 0, (config.seed, 2, step), cache)
+            score = np.array([scores[x, V * ids[-2] + ids[-1]] for x, (ids, _) in zip(asked, answers, strict=True)])
             e = ppo.experience(policy, reference, value_model, batch, score, config, config.beta)
             rng = np.random.default_rng((config.seed, 3, step))
             ppo.update(policy, value_model, e, optimizers, config, run, rng, step >= config.value_warmup)
@@ -307,12 +307,13 @@ def test_the_means_of_dpo_are_over_the_answers_tokens(tmp_path):
 def found_scores(model):
     """r(x, y) of every answer (prompts, answers), less each prompt's mean."""
     score = ppo.model_rewards(model, 0, rows=5)
-    r = score([np.array(PROMPTS[x] + ANSWERS[y]) for x, y in ROWS]).reshape(len(PROMPTS), -1)
+    r = score([ranking(PROMPTS[x], ANSWERS[y]).answers[0] for x, y in ROWS]).reshape(len(PROMPTS), -1)
     return r - r.mean(1, keepdims=True)
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("soft", [True, False], ids=["soft labels", "repeated pairs"])
-def test_the_reward_model_finds_the_scores_behind_the_pairs(soft, tmp_path):
+def test_the_reward_model_finds_the_scores_behind_the_pairs(soft, pooling, tmp_path):
     config = settings(reward.RewardConfig, tmp_path, lr=0.1, warmup=0.0, lr_floor=0.0, weight_decay=0.0, centring=0.0)
     strength = np.random.default_rng(0).integers(1, 4, (len(PROMPTS), len(ANSWERS)))
     examples = bradley_terry_pairs(strength)
@@ -322,7 +323,7 @@ def test_the_reward_model_finds_the_scores_behind_the_pairs(soft, tmp_path):
             for prompt, s in zip(PROMPTS, strength, strict=True)
             for w, l in itertools.combinations(range(len(ANSWERS)), 2)
         ]
-    model = tabular(0, outputs=1)
+    model = tabular(0, outputs=1, pooling=pooling)
     descend(model, lambda: reward.backward(model, examples, config, 0), config, STEPS)
     expected = np.log(strength)
     assert np.abs(found_scores(model) - (expected - expected.mean(1, keepdims=True))).max() < 1e-4
@@ -409,12 +410,42 @@ def test_the_reward_models_loss_and_metrics_are_their_formulas(kind, tmp_path):
     assert found["eval_loss"] == pytest.approx(np.logaddexp(0, np.negative(every)).mean())
 
 
+def random_answers(seed, sizes):
+    """Answers (ids, mask) of (prompt's tokens, answer's tokens), from a vocabulary of 7."""
+    rng = np.random.default_rng(seed)
+    return [(rng.integers(0, 7, m + n), np.arange(m + n) >= m) for m, n in sizes]
+
+
 def test_scores_are_read_at_each_sequences_own_last_token():
     model = llama(0, 7, np.float64, head="scalar")
-    rng = np.random.default_rng(0)
-    sequences = [rng.integers(0, 7, n) for n in (3, 9, 1, 6)]
-    alone = [model(s[None]).data[0, -1, 0] for s in sequences]
-    assert np.allclose(ppo.model_rewards(model, 0, rows=3)(sequences), alone, rtol=1e-12)
+    answers = random_answers(0, [(1, 2), (4, 5), (0, 1), (5, 1)])
+    alone = [model(ids[None]).data[0, -1, 0] for ids, _ in answers]
+    assert np.allclose(ppo.model_rewards(model, 0, rows=3)(answers), alone, rtol=1e-12)
+
+
+def test_pooled_scores_are_means_over_each_answers_own_tokens():
+    """Also of turns in several places of one text."""
+    model = llama(0, 7, np.float64, head="scalar", pooling="mean")
+    answers = random_answers(0, [(1, 2), (4, 5), (0, 1), (5, 1), (2, 9)])
+    answers[-1][1][4:7] = False
+    alone = [model(ids[None]).data[0, mask, 0].mean() for ids, mask in answers]
+    assert np.allclose(ppo.model_rewards(model, 0, rows=3)(answers), alone, rtol=1e-12)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_reward_models_gradient_is_its_losss(pooling, tmp_path):
+    """Against central differences, through the whole model, for pairs and a ranking of three."""
+    model = shaken(llama(0, 7, np.float64, head="scalar", pooling=pooling), 0.3)
+    config = settings(reward.RewardConfig, tmp_path, centring=0.1)
+    made = random_answers(1, [(2, 3), (2, 6), (4, 2), (4, 1), (4, 4), (1, 8), (1, 2)])
+    examples = [Ranking(made[:2], 0.5, 0.8), Ranking(made[2:5]), Ranking(made[5:])]
+    reward.backward(model, examples, config, 0)
+    found, direction, eps = gradients(model), np.random.default_rng(2).standard_normal(model.flat.size), 1e-5
+    model.flat += eps * direction
+    above = reward.backward(model, examples, config, 0)["loss"]
+    model.flat -= 2 * eps * direction
+    below = reward.backward(model, examples, config, 0)["loss"]
+    assert found @ direction == pytest.approx((above - below) / (2 * eps), rel=1e-7)
 
 
 # ------------------------------------------------------------------ a round of PPO
@@ -476,13 +507,13 @@ def test_the_score_lands_on_the_end_of_answers_of_every_length(dtype, tolerance,
     config = settings(ppo.PPOConfig, tmp_path, max_new_tokens=4, temperature=0.7, missing_eos_penalty=10.25)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 5, n) for n in rng.integers(1, 8, 150)]
-    batch, sequences, ended = ppo.rollout(policy, prompts, config, {EOS}, PAD, (3, 4))
+    batch, answers, ended = ppo.rollout(policy, prompts, config, {EOS}, PAD, (3, 4))
     drawn = generate(
         policy, prompts, max_new_tokens=4, temperature=0.7, stop_tokens={EOS}, seed=[(3, 4, i) for i in range(150)]
     )
     # a reward that says how many tokens it was shown, and whether the last one was EOS
-    scorer = ppo.Scorer(lambda rows: np.array([len(s) + 0.5 * (s[-1] == EOS) for s in rows]), missing_eos_penalty=10.25)
-    score = scorer(sequences, ended)
+    told = lambda given: np.array([len(ids) + 0.5 * (ids[-1] == EOS) for ids, _ in given])
+    score = ppo.Scorer(told, missing_eos_penalty=10.25)(answers, ended)
     e = ppo.experience(policy, shaken(copy_of(policy), 0.1), value_model, batch, score, config, beta=0.5)
 
     seen = Counter()
@@ -490,7 +521,8 @@ def test_the_score_lands_on_the_end_of_answers_of_every_length(dtype, tolerance,
         n, m = len(answer.ids), len(prompt)
         with_eos = answer.ids[-1] == EOS
         seen[n, bool(with_eos)] += 1
-        assert e.tokens[i, : m + n].tolist() == [*prompt, *answer.ids]
+        assert e.tokens[i, : m + n].tolist() == answers[i][0].tolist() == [*prompt, *answer.ids]
+        assert np.flatnonzero(answers[i][1]).tolist() == list(range(m, m + n))
         assert (e.tokens[i, m + n :] == PAD).all()
         # entry t of every array belongs to tokens[t + 1], so the answer is at m - 1 and behind
         assert np.flatnonzero(e.mask[i]).tolist() == list(range(m - 1, m - 1 + n))

@@ -173,6 +173,14 @@ def test_a_model_comes_back_from_its_folder(kind, head, dtype, tmp_path):
         assert values["dtype"] == values["torch_dtype"] == dtype
         (name,) = values["architectures"]
         assert name.startswith(kind.split()[0]) and name.endswith("ForSequenceClassification") == (head == "scalar")
+        assert "score_pooling" not in values  # only where transformers would have to read it
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_what_a_reward_model_reads_is_in_its_config(kind, tmp_path):
+    model = model_of(kind, head="scalar", pooling="mean")
+    assert load_pretrained(save_pretrained(model, tmp_path)).config == model.config
+    assert json.loads((tmp_path / "config.json").read_text())["score_pooling"] == "mean"
 
 
 def test_float64_stays_float64_where_it_is_asked_for(tmp_path):
@@ -455,6 +463,8 @@ def test_what_a_config_may_say(kind, change, expected):
             "a reward model has one label, and this has 2",
         ),
         ("GPT2", {"architectures": ["GPT2ForSequenceClassification"]}, "one label, and this has 2"),
+        ("Llama", {"score_pooling": "max"}, 'score_pooling is "max", and only "last" or "mean" is supported'),
+        ("GPT2", {"score_pooling": ["mean"]}, 'score_pooling is ["mean"], and only'),
     ],
 )
 def test_what_a_config_may_not_say(kind, change, message):

@@ -22,7 +22,7 @@ from minillm.hub import load_pretrained
 from minillm.model import Config, build
 from minillm.optim import AdamW
 from minillm.tokenizer import SMALLEST_VOCABULARY, Tokenizer
-from minillm.trainers import common, dpo, evaluation, ppo, pretrain, reward, sft
+from minillm.trainers import best_of_n, common, dpo, evaluation, ppo, pretrain, reward, sft
 from minillm.trainers import run as run_module
 from minillm.trainers.common import Settings
 
@@ -460,8 +460,9 @@ def test_log_probabilities_and_scores_are_those_of_the_sequences_alone():
     batch = common.pad(sequences, [np.arange(len(ids)) > 1 for ids in sequences], pad_id=int(sequences[0][-1]))
     found, frozen = common.token_logprobs(model, batch, 0.7).data, common.frozen_logprobs(model, batch, 0.7, rows=2)
     np.testing.assert_allclose(frozen, found, rtol=1e-12)
-    values = common.scores(scalar, sequences, pad_id=int(sequences[0][-1])).data  # padding like a real last token
     masks = [np.arange(len(ids)) % 2 == 0 for ids in sequences]  # the first token has no probability: never a target
+    answers = list(zip(sequences, masks, strict=True))
+    values = common.scores(scalar, answers, pad_id=int(sequences[0][-1])).data  # padding like a real last token
     packed, there = common.trained_logprobs(model, sequences, masks, int(sequences[0][-1]), 0.7)
     for row, ids in enumerate(sequences):
         logits = model(ids[None]).data[0] / 0.7
@@ -979,6 +980,26 @@ def test_a_reward_models_embedding_and_head_have_a_rate_of_their_own(tmp_path):
     adapted = first_step(tmp_path, "adapted", embedding_lr=0.02, lora_rank=2)
     assert adapted["score.weight"] == pytest.approx(0.02, rel=0.01)
     assert adapted["model.embed_tokens.weight"] == 0
+
+
+def test_what_a_reward_model_reads_is_in_its_folder_and_all_that_score_read_it(tmp_path):
+    rows = [{"prompt": f"{n}", "chosen": "yes, it is", "rejected": "no"} for n in range(10)]
+    pairs, out = write(tmp_path / "p.jsonl", rows), tmp_path / "reward"
+    base = model_folder(tmp_path / "base")
+    model, _ = reward.train(reward.RewardConfig(model=base, data=(pairs,), out=out, pooling="mean"))
+    assert model.config.pooling == load_pretrained(out).config.pooling == "mean"
+
+    def scored(name):
+        told = {"model": base, "reward": out, "prompts": (pairs,), "n": 2, "max_new_tokens": 5}
+        best_of_n.best_of_n(best_of_n.BestOfNConfig(out=tmp_path / name, **told))
+        return np.array([row["scores"] for row in rows_of(tmp_path / name / "best.jsonl")])
+
+    pooled, values = scored("pooled"), json.loads((out / "config.json").read_text())
+    assert values.pop("score_pooling") == "mean"
+    (out / "config.json").write_text(json.dumps(values))
+    assert (pooled != scored("last")).all()  # of the same answers, none of one token
+    again, _ = reward.train(reward.RewardConfig(model=out, data=(pairs,), out=tmp_path / "again"))
+    assert again.config.pooling == "last"  # as it was told
 
 
 def test_preferences_of_two_files_with_one_name_stay_apart():

@@ -129,8 +129,9 @@ def test_a_reward_models_scores(kind, tmp_path):
     save_model(tmp_path, model, TOKENIZER, "chatml")
     sequences = [render(TALK[:length], "chatml", TOKENIZER)[0] for length in (3, 5)]
     other = theirs(tmp_path, transformers.AutoModelForSequenceClassification)
-    batch = pad(sequences, [np.ones(len(ids), bool) for ids in sequences], TOKENIZER.pad_id).tokens
-    expected = scores(model, sequences, TOKENIZER.pad_id).data
+    masks = [np.ones(len(ids), bool) for ids in sequences]
+    batch = pad(sequences, masks, TOKENIZER.pad_id).tokens
+    expected = scores(model, list(zip(sequences, masks, strict=True)), TOKENIZER.pad_id).data
     with torch.no_grad():
         ids = torch.tensor(batch, dtype=torch.long)
         found = other(ids, attention_mask=(ids != TOKENIZER.pad_id).long()).logits[:, 0].numpy()

@@ -19,7 +19,7 @@ from ..data.readers import Bad
 from ..generate import generate
 from ..kernels.device import check_device
 from .common import ChatSettings, load_tokenizer, padding_of, read_files, template_of
-from .ppo import model_rewards
+from .ppo import as_answer, model_rewards
 from .run import claim
 
 
@@ -74,7 +74,7 @@ def best_of_n(config):
                 stop_tokens=stop,
                 seed=[(config.seed, begin + i, k) for i in range(len(part)) for k in range(config.n)],
             )
-            found = score([np.concatenate([a.prompt, a.ids]) for a in answers]).reshape(len(part), config.n)
+            found = score([as_answer(a.prompt, a.ids) for a in answers]).reshape(len(part), config.n)
             ended = np.array([a.finish == "stop" for a in answers]).reshape(found.shape)
             choice = np.where(ended | ~ended.any(1, keepdims=True), found, -np.inf).argmax(1)
             for i, (_, prompt) in enumerate(part):

@@ -24,7 +24,8 @@ from ..checkpoint import NotFinite, write_json
 from ..data.pack import Batch, best_fit_rows
 from ..files import read_object
 from ..hub import check_vocabulary, load_pretrained, read_config, save_pretrained
-from ..kernels.device import check_device, number, to_host, upcast
+from ..kernels.device import beside, check_device, number, to_host, upcast
+from ..losses import masked_mean
 from ..model import build
 from ..optim import AdamW, cosine_schedule, linear_schedule, one_rate
 from ..parallel import in_shares
@@ -518,12 +519,29 @@ def side_by_side(sequences, pad_id):
     return tokens, start, row, column
 
 
-def scores(model, sequences, pad_id):
-    """The scalar head's output at the last token of each sequence: (B,) Tensor. The lengths say where that is; no id
-    is searched for, so it does not matter what padding is or what stands inside a text."""
+def scores(model, answers, pad_id):
+    """r (B,), a Tensor, of answers (ids, mask): the scalar head's output at the last token of ids, or with the pooling
+    "mean" its mean over the tokens in mask. Lengths and masks say where these are; no id is searched for, so it does
+    not matter what padding is or what stands inside a text."""
+    sequences, masks = zip(*answers, strict=True)
     tokens, start, row, column = side_by_side(sequences, pad_id)
-    last = column + np.array([len(ids) - 1 for ids in sequences])
-    return scalar_head(model, model.hidden(tokens, start)[row, last]).reshape(len(last))
+    hidden = model.hidden(tokens, start)
+    if model.config.pooling == "last":
+        last = column + np.array([len(ids) - 1 for ids in sequences])
+        return scalar_head(model, hidden[row, last]).reshape(len(last))
+    index, there = masked_places(column, masks)
+    each = scalar_head(model, hidden).reshape(tokens.shape)[row[:, None], index]
+    return masked_mean(each, beside(there, each.data), axis=1)
+
+
+def masked_places(column, masks):
+    """Where the tokens in each mask are in the rows of side_by_side: (index, there), int and bool (B, L), the first
+    ones first, and index 0 where there is none."""
+    places = [begin + np.flatnonzero(mask) for begin, mask in zip(column, masks, strict=True)]
+    there = np.arange(max(map(len, places))) < np.array([[len(at)] for at in places])
+    index = np.zeros(there.shape, int)
+    index[there] = np.concatenate(places)
+    return index, there
 
 
 def scalar_head(model, hidden):
@@ -537,12 +555,8 @@ def trained_logprobs(model, sequences, masks, pad_id, temperature=1.0):
     """(logp, mask), a Tensor and bools (B, L): the log-probabilities of each sequence's tokens in its mask, the first
     ones first and 0 behind them."""
     tokens, start, row, column = side_by_side(sequences, pad_id)
-    where = [c + np.flatnonzero(mask[1:]) for c, mask in zip(column, masks, strict=True)]  # of the targets' logits
+    index, there = masked_places(column, [mask[1:] for mask in masks])  # of the targets' logits
     trained = np.zeros(start[:, 1:].shape, bool)
-    there = np.arange(max(map(len, where))) < np.array([[len(at)] for at in where])
-    index = np.zeros(there.shape, int)
-    for n, at in enumerate(where):
-        trained[row[n], at] = True
-        index[n, : len(at)] = at
+    trained[np.broadcast_to(row[:, None], there.shape)[there], index[there]] = True
     logp = token_logprobs(model, Batch(tokens, start[:, :-1], trained), temperature)
     return ag.where(logp[row[:, None], index], 0.0, condition=there), there

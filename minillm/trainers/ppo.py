@@ -7,7 +7,7 @@ pi*(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x), and the tests reach it where all
 Four models: the policy, the frozen reference it started from, the frozen reward model, and the value model. One round:
 
     rollout      sample an answer to each prompt, to its end-of-turn token or to max_new_tokens
-    experience   score it on its last token; log-probabilities of policy and reference and values by the same forward
+    experience   score it; log-probabilities of policy and reference and values by the same forward
                  that training uses (not the sampler's: the ratio has to begin at 1); per-token rewards
                  -beta kl_t, with the score on the last token; advantages (GAE), whitened over valid tokens
     update       some epochs over the answers in minibatches; a policy step and a value step each
@@ -199,7 +199,7 @@ class Scorer:
     """Turns answers into numbers: gain (r - mean), clipped, less the penalty where an answer did not end (subtracted as
     in TRL; Stiennon et al. 2020's code puts a fixed score in its place)."""
 
-    function: object  # function(sequences) -> (B,) array of raw rewards
+    function: object  # function(answers) -> (B,) array of raw rewards
     mean: float = 0.0
     gain: float = 1.0
     clip: float = math.inf
@@ -213,28 +213,28 @@ class Scorer:
         """Go on from `state_dict()`."""
         self.mean, self.gain = state["mean"], state["gain"]
 
-    def __call__(self, sequences, ended):
-        score = np.clip((self.function(sequences) - self.mean) * self.gain, -self.clip, self.clip)
+    def __call__(self, answers, ended):
+        score = np.clip((self.function(answers) - self.mean) * self.gain, -self.clip, self.clip)
         return score - self.missing_eos_penalty * ~ended
 
 
 def model_rewards(model, pad_id, rows=64):
-    """function(sequences) -> (B,) float64: a reward model's scores, without a graph."""
+    """function(answers) -> (B,) float64: a reward model's scores of answers (ids, mask), without a graph."""
 
-    def score(sequences):
+    def score(answers):
         with no_grad():
-            found = [scores(model, sequences[i : i + rows], pad_id) for i in range(0, len(sequences), rows)]
+            found = [scores(model, answers[i : i + rows], pad_id) for i in range(0, len(answers), rows)]
         return np.concatenate([to_host(part.data).astype(np.float64) for part in found])
 
     return score
 
 
-def normalised(scorer, sequences):
+def normalised(scorer, answers):
     """The scorer with mean and gain such that these answers, the reference's, get mean 0 and standard deviation 1
     (Ziegler et al. 2019, section 2.1): beta then weighs the same whatever scale the reward model came out with. The
     penalty for a missing end is not part of it. Where all of them score the same there is only rounding to blow up,
     and the gain stays 1."""
-    raw = scorer.function(sequences)
+    raw = scorer.function(answers)
     mean, spread = float(raw.mean()), float(raw.std())
     return replace(scorer, mean=mean, gain=1.0 / spread if spread > 1e-6 * max(1.0, abs(mean)) else 1.0)
 
@@ -243,11 +243,11 @@ def normalised(scorer, sequences):
 
 
 def rollout(policy, prompts, config, stop_tokens, pad_id, seed, cache=True):
-    """Sample an answer to each prompt: (batch, sequences, ended). The batch's mask covers the answers; `ended` (B,)
-    says which of them came to a stop token."""
+    """Sample an answer to each prompt: (batch, answers, ended). The batch's mask covers the answers, and each of
+    `answers` is (ids, mask), its prompt's included; `ended` (B,) says which of them came to a stop token."""
     room = policy.config.max_position_embeddings
     new = min(config.max_new_tokens, room - max(len(p) for p in prompts))
-    answers = generate(
+    made = generate(
         policy,
         prompts,
         max_new_tokens=new,
@@ -256,9 +256,13 @@ def rollout(policy, prompts, config, stop_tokens, pad_id, seed, cache=True):
         seed=[(*seed, i) for i in range(len(prompts))],
         cache=cache,
     )
-    sequences = [np.concatenate([answer.prompt, answer.ids]) for answer in answers]
-    masks = [np.arange(len(s)) >= len(a.prompt) for s, a in zip(sequences, answers, strict=True)]
-    return pad(sequences, masks, pad_id), sequences, np.array([a.finish == "stop" for a in answers])
+    answers = [as_answer(answer.prompt, answer.ids) for answer in made]
+    return pad(*zip(*answers, strict=True), pad_id), answers, np.array([answer.finish == "stop" for answer in made])
+
+
+def as_answer(prompt, ids):
+    """(ids, mask) of a prompt and the ids that a model has added to it, as encode_answer makes them of a text."""
+    return np.concatenate([prompt, ids]), np.repeat([False, True], [len(prompt), len(ids)])
 
 
 # ------------------------------------------------------------------ experience
@@ -445,11 +449,11 @@ def _next(values):
     return np.concatenate([values[:, 1:], np.zeros_like(values[:, :1])], 1)
 
 
-def against_gold(asked, sequences, score, tokenizer):
-    """gold_metrics of answers to atlas questions, two in a row to each, and "eval_reward_accuracy": how often the score
-    ranks such a pair as the gold reward does, where that differs."""
+def against_gold(asked, answers, score, tokenizer):
+    """gold_metrics of answers (ids, mask) to atlas questions, two in a row to each, and "eval_reward_accuracy": how
+    often the score ranks such a pair as the gold reward does, where that differs."""
     questions = [Question.from_row(prompt.row) for _, prompt in asked]
-    texts = [tokenizer.decode(s[len(ids) :], skip_special=True) for (ids, _), s in zip(asked, sequences, strict=True)]
+    texts = [tokenizer.decode(ids[mask], skip_special=True) for ids, mask in answers]
     gold = np.array([gold_reward(q, text).total for q, text in zip(questions, texts, strict=True)]).reshape(-1, 2)
     better, score = gold[:, 0] - gold[:, 1], score.reshape(-1, 2)
     margins = ((score[:, 0] - score[:, 1]) * np.sign(better))[better != 0]
@@ -501,8 +505,8 @@ def train(config):
     if config.reference_samples:
         order = np.random.default_rng((config.seed, 4)).permutation(len(examples))
         some = [examples[i][0] for i in np.resize(order, config.reference_samples)]  # again and again if they are few
-        _, sequences, _ = rollout(reference, some, config, stop, pad_id, (config.seed, 0))
-        scorer = normalised(scorer, sequences)
+        _, answers, _ = rollout(reference, some, config, stop, pad_id, (config.seed, 0))
+        scorer = normalised(scorer, answers)
     controller = AdaptiveKL(config.beta, config.target_kl or None, config.horizon)
     optimizers = config.optimizer(policy.parameters), config.optimizer(value_model.parameters)
     steps = math.ceil(config.episodes / config.batch_size)
@@ -513,24 +517,24 @@ def train(config):
         if not tests:
             return {}
         asked = [test for test in tests for _ in range(2 if config.questions else 1)]
-        batch, sequences, ended = rollout(policy, [ids for ids, _ in asked], config, stop, pad_id, (config.seed, 1))
-        score = scorer(sequences, ended)
+        batch, answers, ended = rollout(policy, [ids for ids, _ in asked], config, stop, pad_id, (config.seed, 1))
+        score = scorer(answers, ended)
         found = {
             "eval_scores": score.mean(),
             "eval_kl": divergence(policy, reference, batch, config.temperature),
             "eval_length": batch.mask.sum(1).mean(),
             "eval_missing_eos": 1 - ended.mean(),
         }
-        return found | (against_gold(asked, sequences, score, tokenizer) if config.questions else {})
+        return found | (against_gold(asked, answers, score, tokenizer) if config.questions else {})
 
     def sample():
         some = tests[: config.samples]
         if not some:
             return []
-        _, sequences, _ = rollout(policy, [ids for ids, _ in some], config, stop, pad_id, (config.seed, 1))
+        _, answers, _ = rollout(policy, [ids for ids, _ in some], config, stop, pad_id, (config.seed, 1))
         return [
-            (question_of(prompt.messages)[-1]["content"], tokenizer.decode(s[len(ids) :], skip_special=True))
-            for (ids, prompt), s in zip(some, sequences, strict=True)
+            (question_of(prompt.messages)[-1]["content"], tokenizer.decode(ids[mask], skip_special=True))
+            for (_, prompt), (ids, mask) in zip(some, answers, strict=True)
         ]
 
     holds = {"model": policy, "optimizer": optimizers[0], "value_model": value_model, "value_optimizer": optimizers[1]}
@@ -540,9 +544,9 @@ def train(config):
     with Run(config, steps, holds, identity, dress(policy, tokenizer, template), best) as run:
         for step in run.steps(evaluate, sample):
             asked = [ids for ids, _ in next(batches)]
-            batch, sequences, ended = rollout(policy, asked, config, stop, pad_id, (config.seed, 2, step))
+            batch, answers, ended = rollout(policy, asked, config, stop, pad_id, (config.seed, 2, step))
             beta = controller.coefficient
-            e = experience(policy, reference, value_model, batch, scorer(sequences, ended), config, beta)
+            e = experience(policy, reference, value_model, batch, scorer(answers, ended), config, beta)
             rng, train_policy = np.random.default_rng((config.seed, 3, step)), step >= config.value_warmup
             update(policy, value_model, e, optimizers, config, run, rng, train_policy)
             run.add({**round_metrics(e, ended, beta), "episode": (step + 1) * config.batch_size})

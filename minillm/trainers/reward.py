@@ -2,14 +2,16 @@
 Reward model: minimise  L = -(1 / N) sum over pairs of log sigmoid(r(x, y_w) - r(x, y_l) - m)        (Bradley-Terry)
 
 r(x, y) is a linear head on the last hidden state of the answer's last token, its end-of-turn token, so that training
-and scoring read the same place. The trunk starts from the SFT weights (the head is new): a reward model that does not
-know the language learns lengths and keywords. Rows with more than two answers, {"prompt", "ranked": [best, ...]}, are
-ranked in one pass (all their pairs, or Plackett-Luce): four answers teach six comparisons for the price of two pairs.
+and scoring read the same place; with the pooling "mean" it is the mean of that head over all the answer's tokens, each
+of which then has a gradient of its own, and few preferences teach more. The trunk starts from the SFT weights (the head
+is new): a reward model that does not know the language learns lengths and keywords. Rows with more than two answers,
+{"prompt", "ranked": [best, ...]}, are ranked in one pass (all their pairs, or Plackett-Luce): four answers teach six
+comparisons for the price of two pairs.
 Left out: an ensemble, a KL term of any kind, and margins, soft labels and centring for rows with more than two answers.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -53,6 +55,10 @@ class RewardConfig(TuningSettings, LoraSettings):
     ranking: Literal["pairs", "plackett_luce", "best_of_k"] = "pairs"
     """what is asked of rows with more than two answers"""
 
+    pooling: Literal["last", "mean"] = "last"
+    """an answer's score: that of its last token, which is what transformers' classifiers read, or the mean over its
+    tokens, which learns more from a few hundred preferences"""
+
     lr: float = 5e-4
     """the peak learning rate"""
     embedding_lr: float = 0.0
@@ -93,7 +99,7 @@ def score_answers(model, examples, pad_id):
     """r (B, K), a Tensor: the scores of every example's answers. Where one has fewer than K, its first one's again."""
     sizes = np.array([len(e.answers) for e in examples])
     first, k = np.cumsum(sizes) - sizes, np.arange(sizes.max())
-    each = scores(model, [ids for e in examples for ids, _ in e.answers], pad_id)
+    each = scores(model, [answer for e in examples for answer in e.answers], pad_id)
     return each[first[:, None] + np.where(k < sizes[:, None], k, 0)]
 
 
@@ -163,7 +169,9 @@ def by_file(preferences):
 def train(config):
     """Train, and write the model folder; returns (model, tokenizer)."""
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
-    model = trainable(config.load(config.model, "scalar", config.seed), config)
+    model = config.load(config.model, "scalar", config.seed)
+    model.config = replace(model.config, pooling=config.pooling)
+    model = trainable(model, config)
     context = model.config.max_position_embeddings
     length = min(config.length or context, context)
     preferences = read_files(config.data, read_preferences, Bad(config.skip_bad))
