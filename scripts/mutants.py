@@ -368,7 +368,7 @@ FAULTS = {
             "tokens[r, begin : begin + len(ids)], start[r, begin : begin + len(ids)] = ids, 0",
             "side_by_side: a sequence sees those before it in its row",
         ),
-        ("np.flatnonzero(mask[1:])", "np.flatnonzero(mask[:-1])", "log_probabilities: of the next token"),
+        ("[mask[1:] for mask in masks])", "[mask[:-1] for mask in masks])", "log_probabilities: of the next token"),
     ],
     "minillm/trainers/run.py": [
         ("        optimizer.zero_grad()\n", "", "update: the gradient is not cleared"),
@@ -509,8 +509,8 @@ FAULTS = {
             "punished: an answer without an end is not",
         ),
         (
-            "np.arange(len(s)) >= len(a.prompt)",
-            "np.arange(len(s)) > len(a.prompt)",
+            "[len(prompt), len(ids)]",
+            "[len(prompt) + 1, len(ids) - 1]",
             "lands: an answer's first token is not in the mask",
         ),
         (

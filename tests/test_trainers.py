@@ -112,7 +112,7 @@ WRONG = {
     "flight_record": -1, "eval_questions": -1, "lora_rank": -1, "lora_alpha": 0.0,
     "quantize": "int8", "workers": 0, "resume": "yes", "overwrite": 1, "tensorboard": None, "whiten_rewards": 0,
     "keep_best": "no", "device": "gpu", "precision": "half",
-    "embedding_lr": -0.1, "cuda_graph": "yes",
+    "embedding_lr": -0.1, "cuda_graph": "yes", "pooling": "max",
     "save_every": -1, "save_minutes": -0.1, "keep_last": 0, "out": "o", "model": 5, "reference": True, "reward": "r",
     "replay": 1, "template": Path("t"), "questions": "q",
 }  # fmt: skip
