@@ -422,12 +422,13 @@ def expected(world, tmp_path_factory):
     return expected
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_a_trainer_does_the_same_on_the_gpu_without_waiting(name, world, expected, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, options", [*((name, {}) for name in TRAINERS), ("reward", {"pooling": "mean"})])
+def test_a_trainer_does_the_same_on_the_gpu_without_waiting(name, options, world, expected, tmp_path, monkeypatch):
     """The same rows and model; and from the first update to the end nothing waits for the GPU but, when an update has
     been told to it, for the numbers of the one before. (PPO waits for the texts that it samples, and for the KL that
     says whether the policy goes on.)"""
-    flat, rows = expected(name, samples=1)
+    options = {"samples": 1, **options}
+    flat, rows = expected(name, **options)
     during, between, reads, steps, read = [], [], [], run_module.Run.steps, run_module.Run._read
 
     def watched(self, *args):
@@ -445,7 +446,7 @@ def test_a_trainer_does_the_same_on_the_gpu_without_waiting(name, world, expecte
     monkeypatch.setattr(run_module.Run, "_read", reading)
     with installed() as cupy:
         before = len(cupy.synchronized)
-        gpu, _ = TRAINERS[name].train(brief(world, name, tmp_path / "cuda", samples=1, device="cuda"))
+        gpu, _ = TRAINERS[name].train(brief(world, name, tmp_path / "cuda", device="cuda", **options))
         assert gpu.device == "cuda" and before < len(cupy.synchronized)  # evaluations do wait
         np.testing.assert_allclose(gpu.flat.get(), flat, rtol=1e-5, atol=1e-6)
     if name != "ppo":
