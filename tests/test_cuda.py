@@ -2,12 +2,16 @@
 design allows. And the little that stands between a launcher and the GPU."""
 
 import concurrent.futures
+import hashlib
 import importlib
 import itertools
+import json
 import multiprocessing
 import os
 import pkgutil
 import re
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +19,7 @@ import pytest
 
 import minillm.kernels
 from minillm.kernels import cuda, device
+from minillm.kernels.jit import cache_root
 
 MODULES = [importlib.import_module(f"minillm.kernels.{m.name}") for m in pkgutil.iter_modules(minillm.kernels.__path__)]
 SOURCES = sorted({x for m in MODULES for x in vars(m).values() if isinstance(x, cuda.Source)}, key=lambda s: s.name)
@@ -39,8 +44,20 @@ def check_resources(source, found, architecture):
 
 
 def compile_part(name, instances, architecture):
-    """compile_instances in another process."""
-    return cuda.compile_instances(next(s for s in SOURCES if s.name == name), instances, architecture)
+    """compile_instances in another process. What came out is kept beside the compiled kernels, under the hash of all
+    that it depends on: who changes one kernel waits for that one. Of the code only the beginning is kept."""
+    source = next(s for s in SOURCES if s.name == name)
+    reader = Path(cuda.__file__).read_text(encoding="utf-8")
+    told = repr((source.text(), instances, cuda.options(architecture), cuda.nvrtc_version(), reader))
+    path = cache_root() / f"nvrtc-{hashlib.sha256(told.encode()).hexdigest()[:24]}.json"
+    if not path.exists():
+        found = cuda.compile_instances(source, instances, architecture)
+        rows = {instance: made._replace(code=made.code[:4].decode("latin-1")) for instance, made in found.items()}
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump({instance: row._asdict() for instance, row in rows.items()}, file)
+        os.replace(file.name, path)
+    kept = json.loads(path.read_text())
+    return {i: cuda.Compiled(**row)._replace(code=row["code"].encode("latin-1")) for i, row in kept.items()}
 
 
 @pytest.fixture(scope="module")
