@@ -982,11 +982,14 @@ def test_a_reward_models_embedding_and_head_have_a_rate_of_their_own(tmp_path):
     assert adapted["model.embed_tokens.weight"] == 0
 
 
-def test_what_a_reward_model_reads_is_in_its_folder_and_all_that_score_read_it(tmp_path):
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_what_a_reward_model_reads_is_in_its_folder_and_all_that_score_read_it(lora_rank, tmp_path):
     rows = [{"prompt": f"{n}", "chosen": "yes, it is", "rejected": "no"} for n in range(10)]
     pairs, out = write(tmp_path / "p.jsonl", rows), tmp_path / "reward"
     base = model_folder(tmp_path / "base")
-    model, _ = reward.train(reward.RewardConfig(model=base, data=(pairs,), out=out, pooling="mean"))
+    model, _ = reward.train(
+        reward.RewardConfig(model=base, data=(pairs,), out=out, pooling="mean", lora_rank=lora_rank)
+    )
     assert model.config.pooling == load_pretrained(out).config.pooling == "mean"
 
     def scored(name):
