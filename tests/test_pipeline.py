@@ -1,6 +1,7 @@
 """The pipeline: all stages in a row on a very small world, once; then what a user may do to it."""
 
 import contextlib
+import functools
 import html.parser
 import importlib.util
 import io
@@ -16,6 +17,7 @@ import pytest
 from minillm import pipeline
 from minillm.data import atlas
 from minillm.pipeline import STAGES, PipelineConfig, run
+from minillm.trainers.evaluation import read_questions
 from minillm.trainers.run import Run
 
 
@@ -43,24 +45,25 @@ FILES = ("pretrain/model.safetensors", "sft/model.safetensors", "reward/model.sa
          "dpo/model.safetensors", "tokenizer/pretrain.train.bin", "data/heldout.jsonl")  # fmt: skip
 
 
+some_questions = functools.partial(read_questions, most=64)  # spread over the held-out ones, for the report
+
+
 @pytest.fixture(autouse=True)
 def micro(monkeypatch):
     """Stages that take a second each."""
     monkeypatch.setitem(pipeline.SIZES, "tiny", MICRO)
+    monkeypatch.setattr(pipeline, "read_questions", some_questions)
     monkeypatch.setattr(pipeline, "OWN", {"pretrain": {"length": 64}})
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """(folder, notes, what was printed) of one whole run."""
-    told, old = io.StringIO(), pipeline.SIZES["tiny"]
-    pipeline.SIZES["tiny"] = MICRO
-    out = tmp_path_factory.mktemp("pipeline") / "run"
-    try:
-        with contextlib.redirect_stdout(told):
-            notes = run(PipelineConfig(out=out, size="tiny"))
-    finally:
-        pipeline.SIZES["tiny"] = old
+    told, out = io.StringIO(), tmp_path_factory.mktemp("pipeline") / "run"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(told):
+        patch.setitem(pipeline.SIZES, "tiny", MICRO)
+        patch.setattr(pipeline, "read_questions", some_questions)
+        notes = run(PipelineConfig(out=out, size="tiny"))
     return out, notes, told.getvalue()
 
 
