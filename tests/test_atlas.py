@@ -382,9 +382,8 @@ def test_the_held_out_side_is_large_and_on_its_own(seed):
     assert len(set(facts[: counts["heldout"] - 5])) == counts["heldout"] - 5
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("size", [60_000, 2_000_000])
-def test_nothing_held_out_is_asked_before(seed, size):
+@pytest.mark.parametrize("size, seed", [(60_000, 0), (60_000, 1), (2_000_000, 0)])
+def test_nothing_held_out_is_asked_before(size, seed):
     world = atlas.facts(size)
     secret = {q.text for side in ("dev", "heldout") for q in atlas.questions(seed, side, world)}
     for page in islice(atlas.corpus(seed, size), 2000):
@@ -629,14 +628,15 @@ def test_rankings_follow_the_gold_reward_but_for_the_noise(known_questions):
     assert not any(row["flipped"] for row in atlas.rankings(0, 300, noise=0))
 
 
-def test_preferences_and_prompts_are_about_the_same_half_of_the_facts(world):
+def test_preferences_and_prompts_are_about_the_same_half_of_the_facts():
     """And conversations about all of their side."""
+    world = atlas.facts(400_000)
     about = {text: f.knowledge for f in world if f.relation != "howto" for text in atlas.wordings(f).questions}
     known = lambda texts: {about[text] for text in texts if text in about}
-    judged = known(row["prompt"] for row in atlas.preferences(0, 4000, world=world))
-    assert judged == known(row["prompt"] for row in atlas.rankings(0, 4000, world=world))
-    assert judged == known(row["messages"][0]["content"] for row in atlas.prompts(0, 4000, world=world))
-    every = known(m["content"] for row in atlas.instructions(0, 6000, world=world) for m in row["messages"])
+    judged = known(row["prompt"] for row in atlas.preferences(0, 1500, world=world))
+    assert judged == known(row["prompt"] for row in atlas.rankings(0, 1500, world=world))
+    assert judged == known(row["messages"][0]["content"] for row in atlas.prompts(0, 1500, world=world))
+    every = known(m["content"] for row in atlas.instructions(0, 2500, world=world) for m in row["messages"])
     assert judged < every and len(judged) / len(every) == pytest.approx(atlas.JUDGED, abs=0.03)
 
 

@@ -311,8 +311,7 @@ def found_scores(model):
     return r - r.mean(1, keepdims=True)
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean"])
-@pytest.mark.parametrize("soft", [True, False], ids=["soft labels", "repeated pairs"])
+@pytest.mark.parametrize("soft, pooling", [(True, "last"), (False, "last"), (True, "mean")])
 def test_the_reward_model_finds_the_scores_behind_the_pairs(soft, pooling, tmp_path):
     config = settings(reward.RewardConfig, tmp_path, lr=0.1, warmup=0.0, lr_floor=0.0, weight_decay=0.0, centring=0.0)
     strength = np.random.default_rng(0).integers(1, 4, (len(PROMPTS), len(ANSWERS)))
