@@ -18,6 +18,8 @@ if [ "$extra" = dev ]; then
     "$python" -m ruff check . || status=1
     "$python" -m ruff format --check . || status=1
 fi
+# Two processes have a core each for their products: more threads than cores wait for each other.
+export OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
 # In the order of the files' names: by default those with the most tests come first, and a long one is left for the end.
 "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || status=$?
 exit "$status"
