@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import pkgutil
 import re
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 
 import minillm.kernels
+from minillm.checkpoint import write_json
 from minillm.kernels import cuda, device
 from minillm.kernels.jit import cache_root
 
@@ -53,9 +53,7 @@ def compile_part(name, instances, architecture):
     if not path.exists():
         found = cuda.compile_instances(source, instances, architecture)
         rows = {instance: made._replace(code=made.code[:4].decode("latin-1")) for instance, made in found.items()}
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({instance: row._asdict() for instance, row in rows.items()}, file)
-        os.replace(file.name, path)
+        write_json(path, {instance: row._asdict() for instance, row in rows.items()})
     kept = json.loads(path.read_text())
     return {i: cuda.Compiled(**row)._replace(code=row["code"].encode("latin-1")) for i, row in kept.items()}
 

@@ -432,7 +432,7 @@ def test_pooled_scores_are_means_over_each_answers_own_tokens():
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_a_reward_models_gradient_is_its_losss(pooling, tmp_path):
+def test_a_reward_models_gradient_is_that_of_its_loss(pooling, tmp_path):
     """Against central differences, through the whole model, for pairs and a ranking of three."""
     model = shaken(llama(0, 7, np.float64, head="scalar", pooling=pooling), 0.3)
     config = settings(reward.RewardConfig, tmp_path, centring=0.1)

@@ -252,10 +252,12 @@ def test_a_recorded_update_leaves_out_what_is_not_finite(bad, cupy, monkeypatch)
     for step, batch in enumerate(batches(np.random.default_rng(3), 4)):
         before = model.flat.get()
         wrong, right = (lost, 0.0) if bad == "loss" else (model.flat[7:8], before[7].item())
-        wrong[...] = np.inf if step == 2 else right
+        if step == 2:
+            wrong[...] = np.inf
         found = update(batch, 0.01)
         assert np.isfinite(found["loss"].item()) == (step != 2)
-        wrong[...] = right if step == 2 else wrong
+        if step == 2:
+            wrong[...] = right
         assert np.array_equal(model.flat.get(), before) == (step == 2) and not model.flat_grad.get().any()
 
 
@@ -304,10 +306,8 @@ def settings(world, out, **options):
 
 def test_pretraining_with_a_graph(world, tmp_path, cupy, monkeypatch):
     """The same curve as on the host, also of a run that was stopped and resumed in between; and nothing waits."""
-    steps, told = (
-        Run.steps,
-        {"schedule": "constant", "warmup": 0.0},
-    )  # the rate does not depend on how long the run is to be
+    steps = Run.steps
+    told = {"schedule": "constant", "warmup": 0.0}  # the rate does not depend on how long the run is to be
 
     def watched(self, *args):
         for step in steps(self, *args):

@@ -463,7 +463,7 @@ def test_log_probabilities_and_scores_are_those_of_the_sequences_alone():
     masks = [np.arange(len(ids)) % 2 == 0 for ids in sequences]  # the first token has no probability: never a target
     answers = list(zip(sequences, masks, strict=True))
     values = common.scores(scalar, answers, pad_id=int(sequences[0][-1])).data  # padding like a real last token
-    packed, there = common.trained_logprobs(model, sequences, masks, int(sequences[0][-1]), 0.7)
+    packed, there = common.trained_logprobs(model, answers, int(sequences[0][-1]), 0.7)
     for row, ids in enumerate(sequences):
         logits = model(ids[None]).data[0] / 0.7
         logp = logits - np.logaddexp.reduce(logits, -1, keepdims=True)

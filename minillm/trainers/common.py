@@ -551,9 +551,10 @@ def scalar_head(model, hidden):
     return F.linear(hidden if hidden.dtype == wide else ag.cast(hidden, dtype=wide), model.head)
 
 
-def trained_logprobs(model, sequences, masks, pad_id, temperature=1.0):
-    """(logp, mask), a Tensor and bools (B, L): the log-probabilities of each sequence's tokens in its mask, the first
-    ones first and 0 behind them."""
+def trained_logprobs(model, answers, pad_id, temperature=1.0):
+    """(logp, mask), a Tensor and bools (B, L), of answers (ids, mask): the log-probabilities of each one's tokens in
+    its mask, the first ones first and 0 behind them."""
+    sequences, masks = zip(*answers, strict=True)
     tokens, start, row, column = side_by_side(sequences, pad_id)
     index, there = masked_places(column, [mask[1:] for mask in masks])  # of the targets' logits
     trained = np.zeros(start[:, 1:].shape, bool)

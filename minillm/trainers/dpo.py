@@ -82,8 +82,7 @@ class DPOConfig(QuestionSettings, TuningSettings, LoraSettings):
 
 def pair_logprobs(model, examples, pad_id):
     """(log pi(y_w|x), log pi(y_l|x)), Tensors (B,), and the answers' lengths, arrays (B,). One forward for both."""
-    sequences, masks = zip(*(e.answers[k] for k in (0, 1) for e in examples), strict=True)
-    logp, mask = trained_logprobs(model, sequences, masks, pad_id)
+    logp, mask = trained_logprobs(model, [e.answers[k] for k in (0, 1) for e in examples], pad_id)
     logp, lengths, B = sequence_logprobs(logp, beside(mask, logp.data)), mask.sum(1), len(examples)
     return logp[:B], logp[B:], (lengths[:B], lengths[B:])
 

@@ -271,9 +271,8 @@ def answer_logprobs(model, encoded, pad_id, temperature=1.0):
     """(B,) log p of answers, each (ids, mask) as encode_answer makes them: the sum over the mask, the end included."""
     found = []
     for first in range(0, len(encoded), ROWS):
-        sequences, masks = zip(*encoded[first : first + ROWS], strict=True)
         with no_grad():
-            logp, _ = trained_logprobs(model, sequences, masks, pad_id, temperature)
+            logp, _ = trained_logprobs(model, encoded[first : first + ROWS], pad_id, temperature)
         found.append(to_host(logp.data).sum(1, dtype=np.float64))
     return np.concatenate(found)
 
