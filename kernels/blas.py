@@ -216,7 +216,7 @@ def _plan(device, kind, out_kind, layouts, alignments):
     status = library.cublasLtMatmulAlgoGetHeuristic(
         handle, operation, a, b, d, d, preference(library, alignments), 1, ctypes.byref(found), ctypes.byref(count)
     )
-    if status == NOT_SUPPORTED or (status == SUCCESS and count.value == 0):
+    if status == NOT_SUPPORTED or (status == SUCCESS and (count.value == 0 or found.state != SUCCESS)):
         return None
     if status != SUCCESS:
         about = f" for {kind} -> {out_kind}, (op, rows, columns, ld) = {layouts}"

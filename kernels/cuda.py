@@ -12,6 +12,7 @@ that a launch could ask for and the tests have not compiled. What launches is `b
 put a CPU that plays the GPU there, and so every launcher in these files runs without one.
 """
 
+import concurrent.futures
 import ctypes
 import functools
 import hashlib
@@ -28,7 +29,8 @@ from .device import cuda, xp_of
 from .jit import cache_root
 
 FOLDER = pathlib.Path(__file__).parent
-STATIC_SHARED = 48 << 10  # bytes of shared memory that a block gets without asking for more
+OWN_SHARED = 1 << 10  # bytes of shared memory that a kernel may have of its own where its launch brings more
+GIVEN_SHARED = (48 << 10) - OWN_SHARED  # bytes that a launch may bring as it is: the limit is for both together
 
 # The float types of the kernels, as NumPy and as CUDA C++ name them.
 C_TYPES = {"float32": "float", "bfloat16": "bf16", "float16": "fp16"}
@@ -213,7 +215,7 @@ class Gpu:
 
     def launch(self, source, instance, grid, threads, arguments, shared):
         function = _function(source, instance, self._device())
-        if shared > self._shared.get(function.ptr, STATIC_SHARED):
+        if shared > self._shared.get(function.ptr, GIVEN_SHARED):
             driver = cuda().driver
             driver.funcSetAttribute(function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
             self._shared[function.ptr] = shared
@@ -221,8 +223,8 @@ class Gpu:
         function(grid, (threads, 1, 1), arguments, shared_mem=shared, stream=cuda().get_current_stream())
 
     def shared_limit(self):
-        """Bytes of shared memory that a block may have."""
-        return self._attributes(self._device())["MaxSharedMemoryPerBlockOptin"]
+        """Bytes of shared memory that a launch may ask for."""
+        return self._attributes(self._device())["MaxSharedMemoryPerBlockOptin"] - OWN_SHARED
 
     @staticmethod
     def _device():
@@ -239,8 +241,15 @@ backend = Gpu()
 
 @functools.cache
 def _function(source, instance, device):
-    """An instance loaded on a device: from the disk, if this source was compiled for such a GPU before."""
-    architecture = f"sm_{cuda().Device(device).compute_capability}"
+    """An instance loaded on a device."""
+    symbol, code = _compiled(source, instance, f"sm_{cuda().Device(device).compute_capability}")
+    module = cuda().function.Module()
+    module.load(code)
+    return module.get_function(symbol.decode())
+
+
+def _compiled(source, instance, architecture):
+    """(symbol, machine code) of an instance: from the disk, or made and put there."""
     key = repr((source.text(), instance, options(architecture), nvrtc_version()))
     path = cache_root() / f"cuda-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
     try:
@@ -251,6 +260,13 @@ def _function(source, instance, device):
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(symbol + b"\n" + code)
         os.replace(file.name, path)  # whole or not there, whoever else compiles the same
-    module = cuda().function.Module()
-    module.load(code)
-    return module.get_function(symbol.decode())
+    return symbol, code
+
+
+def compile_ahead(sources):
+    """Compile all instances of some Sources for the GPU at hand, on all cores, so that no launch waits for one. In
+    threads: NVRTC does not hold Python's lock."""
+    architecture = f"sm_{cuda().Device().compute_capability}"
+    _nvrtc()  # once, before the threads want it
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda which: _compiled(*which, architecture), [(s, i) for s in sources for i in s.instances]))

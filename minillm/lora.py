@@ -20,6 +20,7 @@ Left out: dropout, biases, adapters on embeddings and heads, DoRA, ranks that di
 """
 
 import difflib
+import functools
 import json
 import math
 from pathlib import Path
@@ -69,6 +70,11 @@ _MIDDLES = (CODE_BOOK[1:] + CODE_BOOK[:-1]) / 2
 _PAIRS = np.stack([np.repeat(CODE_BOOK, 16), np.tile(CODE_BOOK, 16)], 1).view(np.uint64).reshape(256)
 
 
+@functools.cache
+def _pairs(xp):
+    return xp.asarray(_PAIRS)  # once: every product would copy it to the GPU
+
+
 class NF4(NamedTuple):
     """A matrix in 4.127 bits per weight, frozen. w = c CODE_BOOK[code], and the scale c = offset + step scale. The
     arrays are where the model is."""
@@ -87,7 +93,7 @@ class NF4(NamedTuple):
         """The matrix as an array, newly made."""
         xp = xp_of(self.codes)
         c = self.offset + self.steps.repeat(GROUP)[: len(self.scales)] * self.scales
-        w = xp.take(xp.asarray(_PAIRS), self.codes).view(np.float32).reshape(-1, BLOCK)
+        w = xp.take(_pairs(xp), self.codes).view(np.float32).reshape(-1, BLOCK)
         w *= c[:, None]
         return w.reshape(-1)[: math.prod(self.shape)].reshape(self.shape).astype(dtype, copy=False)
 

@@ -99,10 +99,10 @@ SIZES = {
     "default": {
         "data": {"size_bytes": 18_000_000, "most_facts": 750, "conversations": 16_000},
         "tokenizer": {"vocab_size": 2048, "validation": 0.005},
-        "pretrain": {"tokens": 5_000_000, "batch_size": 8, "weight_decay": 0.02, "eval_every": 500, **SHARED},
+        "pretrain": {"tokens": 5_000_000, "batch_size": 8, "weight_decay": 0.02, "eval_every": 1000, **SHARED},
         "sft": {**SHORT, **SHARED, "epochs": 1.25, "lr": 1e-3, "batch_size": 8, "replay_share": 0.5, "eval_every": 200},
         "reward": {**SHORT, **SHARED, "lr": 1.2e-3, "batch_size": 8, "eval_every": 200},
-        "ppo": {"episodes": 1920, "max_new_tokens": 32, "eval_every": 10},
+        "ppo": {"episodes": 1280, "max_new_tokens": 32, "eval_every": 10},
         "dpo": {**SHORT, **SHARED, "lr": 1e-4, "batch_size": 16, "eval_every": 100},
     },
     "small": {

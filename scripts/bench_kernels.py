@@ -7,11 +7,12 @@ Time every version of every kernel on its large example, in one interleaved run.
 The versions take turns, so that whatever else the machine does meets all of them; a ratio says how much faster than the
 reference a version is. A version that does not exist is shown as missing; no version is timed in another's place.
 
-On the CPU a time is the best of the rounds. On a GPU it is their median, by CUDA events around several calls, on inputs
-that take turns so that they do not stay in the cache; beside it stands what that is of the bandwidth or of the rate of
-arithmetic that this GPU has just shown in a copy and in a product. Where PyTorch is installed, its own kernels and
-torch.compile's take their turns, too. --check compares every version with the reference in float64 first, on ragged
-shapes and on the timed one, with outputs that are full of NaN before; what is wrong is not timed.
+On the CPU a time is the best of the rounds. On a GPU it is their median, by CUDA events around several calls, which are
+asked for while the GPU is still busy with a copy, so that they follow each other without a gap; on inputs that take
+turns so that they do not stay in the cache. Beside it stands what that is of the bandwidth or of the rate of arithmetic
+that this GPU has just shown in a copy and in a product. Where PyTorch is installed, its own kernels and torch.compile's
+take their turns, too. --check compares every version with the reference in float64 first, on ragged shapes and on the
+timed one, with outputs that are full of NaN before; what is wrong, or stops with an error, is told and not timed.
 """
 
 import argparse
@@ -36,10 +37,10 @@ import ml_dtypes
 import numba
 import numpy as np
 
-from minillm.kernels import blas
-from minillm.kernels.device import check_device, gpu_name, to_device, xp_of
+from minillm.kernels import blas, cuda
+from minillm.kernels.device import check_device, gpu_name, synchronize, to_device, xp_of
 from minillm.kernels.kernel import KERNELS
-from scripts.torch_kernels import counterparts
+from scripts.torch_kernels import counterparts, tensor
 
 VERSIONS = ["reference", "numba", "cuda", "numba_cuda"]
 DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -48,7 +49,8 @@ TOLERANCE = {"float64": 1e-10, "float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-
 FLOAT32_ONLY = {"adamw_inplace"}  # the optimizer's state is float32 by contract
 MORE_SIZES = {"attention_forward": ["gpu, D = 128"], "attention_backward": ["gpu, D = 128"]}
 IN_CACHE = 256 << 20  # bytes that no GPU's cache holds
-CALLS = 8  # of a version between two events: longer than it takes to ask for them
+CALLS = 8  # of a version between two events
+BUSY = 1 << 30  # bytes that are copied four times before: some 2 ms, longer than it takes to ask for the calls
 
 
 # ------------------------------------------------------------------ arguments
@@ -110,10 +112,11 @@ def distance(results, exact):
     for r, e in zip(results, exact, strict=True):
         xp, r, e = xp_of(e), r.astype(np.float64).reshape(-1), e.astype(np.float64).reshape(-1)
         finite = xp.isfinite(e)
-        if not bool(((r == e) | finite).all()) or not bool(xp.isfinite(xp.where(finite, r, 0)).all()):
+        strange = xp.where(finite, ~xp.isfinite(r), r != e)
+        if strange.astype(np.float64).sum() > 0:  # not any(), for which CuPy compiles a kernel for every size
             return math.inf
-        difference = xp.where(finite, r - xp.where(finite, e, 0), 0)
-        worst = max(worst, float(xp.sqrt((difference**2).sum()) / xp.maximum(xp.sqrt((e[finite] ** 2).sum()), 1e-30)))
+        difference, e = xp.where(finite, r - e, 0), xp.where(finite, e, 0)
+        worst = max(worst, float(xp.sqrt((difference**2).sum()) / xp.maximum(xp.sqrt((e**2).sum()), 1e-30)))
     return worst
 
 
@@ -150,18 +153,21 @@ def best_on_host(calls, rounds):
 
 def median_on_gpu(calls, rounds):
     """{name: median seconds} of {name: (function, several sets of arguments, kwargs)}, in turns, by CUDA events."""
-    cuda = xp_of(to_device(np.zeros(1), "cuda")).cuda
+    cp = xp_of(to_device(np.zeros(1), "cuda"))
+    busy = cp.zeros((2, BUSY), np.uint8)
     times = {name: [] for name in calls}
     for _ in range(rounds + 2):  # the first rounds compile, load and warm up
         for name, (function, sets, kwargs) in calls.items():
             turns = itertools.cycle(sets)
-            begin, end = cuda.Event(), cuda.Event()
+            begin, end = cp.cuda.Event(), cp.cuda.Event()
+            for _ in range(4):
+                cp.copyto(*busy)
             begin.record()
             for _ in range(CALLS):
                 function(*next(turns), **kwargs)
             end.record()
             end.synchronize()
-            times[name].append(cuda.get_elapsed_time(begin, end) / 1e3 / CALLS)
+            times[name].append(cp.cuda.get_elapsed_time(begin, end) / 1e3 / CALLS)
     return {name: statistics.median(seconds[2:]) for name, seconds in times.items()}
 
 
@@ -184,22 +190,42 @@ def bytes_moved(kernel, args, results):
     return sum(x.nbytes for x in args if is_array(x)) + sum(r.nbytes for r in results)
 
 
-def measure(kernel, size, dtype, device, rounds, wrong):
-    """(arguments, {version: seconds}, bytes moved, operations) of one kernel on a timed example. What is wrong is left
-    out."""
+def works(kernel, name, function, args, kwargs, bad):
+    """Whether a version can be called. If not, the error is told, and noted in `bad`."""
+    try:
+        function(*args, **kwargs)
+        synchronize(args[0])
+    except Exception as error:  # of CuPy, Numba, PyTorch or Triton, each its own: the other versions go on
+        bad[name] = failure(error)
+        print(f"{kernel.name:<32}{name:<22}{bad[name]}", flush=True)
+    return name not in bad
+
+
+def failure(error):
+    return f"FAILED: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def measure(kernel, size, dtype, device, rounds, bad):
+    """(arguments, {version: seconds}, bytes moved, operations) of one kernel on a timed example, less the versions that
+    are in `bad`, or come to be."""
     if device == "cpu":
         args, kwargs = example(kernel, 0, size, dtype, device)
-        names = ["reference", *(n for n in ("numba",) if n in kernel.versions and n not in wrong)]
+        names = ["reference", *(n for n in ("numba",) if n in kernel.versions and n not in bad)]
         return args, best_on_host({n: (kernel.version(n), args, kwargs) for n in names}, rounds), 0, 0
     args, kwargs = example(kernel, 0, size, dtype, device)
-    results = results_of(kernel, kernel.choose(args[0]), fresh(args), kwargs)
+    results = results_of(kernel, "reference", fresh(args), kwargs)
     moved = bytes_moved(kernel, args, results)
     del results
     sets = [fresh(args) for _ in range(max(1, min(8, IN_CACHE // moved)))]
-    names = [n for n in ("cuda", "numba_cuda") if n in kernel.versions and n not in wrong]
-    calls = {n: (kernel.version(n), sets, kwargs) for n in names}
+    # PyTorch's side has its tensors on the same memory, and ids of 64 bits; ours has those of training, of 32.
+    theirs = counterparts(kernel.name, args, kwargs)
+    tensors = [[tensor(x) for x in one] for one in sets] if theirs else []
+    sets = [[x.astype(np.int32) if is_array(x) and x.dtype.kind == "i" else x for x in one] for one in sets]
+    versions = {n: kernel.versions[n] for n in ("cuda", "numba_cuda") if n in kernel.versions and n not in bad}
+    calls = {n: (function, sets, kwargs) for n, function in versions.items()}
     calls["reference"] = (kernel.version("reference"), sets, kwargs)
-    calls |= {name: (function, sets, {}) for name, function in counterparts(kernel.name, args, kwargs).items()}
+    calls |= {n: (function, tensors, {}) for n, function in theirs.items()}
+    calls = {n: call for n, call in calls.items() if works(kernel, n, call[0], call[1][0], call[2], bad)}
     return args, median_on_gpu(calls, rounds), moved, kernel.operations(*args)
 
 
@@ -244,9 +270,11 @@ def parse():
         parser.error(str(error))
     if options.device == "cpu" and options.dtype in ("bfloat16", "float16"):
         parser.error("the CPU's kernels take float32 and float64; 16 bits are for --device cuda")
+    options.sources = set()
     for module in pkgutil.iter_modules(minillm.kernels.__path__):
         if Path(minillm.kernels.__file__).with_name(f"{module.name}.py").exists():
-            importlib.import_module(f"minillm.kernels.{module.name}")
+            found = vars(importlib.import_module(f"minillm.kernels.{module.name}")).values()
+            options.sources |= {x for x in found if isinstance(x, cuda.Source)}
     options.kernels = [kernel for kernel in KERNELS if options.only in kernel.name]
     if not options.kernels:
         names = ", ".join(k.name for k in KERNELS)
@@ -255,12 +283,23 @@ def parse():
 
 
 def checked(kernel, dtype, device, timed):
-    """{version: (largest distance, whether it is wrong)} of the fast ones, on ragged, extreme and the timed sizes."""
+    """({version: largest distance}, {version: what is wrong}) of the fast ones, on ragged, extreme and timed sizes."""
     sizes = [("ragged", seed) for seed in range(12)] + [(size, 0) for size in timed]
     if kernel.name != "attention_backward":  # there sum_j ds_j k_j cancels: ds of few digits times keys far from 0
         sizes += [("extreme", seed) for seed in range(4)]
     versions = ["numba"] if device == "cpu" else ["cuda", "numba_cuda"]
-    return {v: check(kernel, v, dtype, device, sizes) for v in versions if v in kernel.versions}
+    errors, bad = {}, {}
+    for version in (v for v in versions if v in kernel.versions):
+        try:
+            errors[version], wrong = check(kernel, version, dtype, device, sizes)
+        except Exception as error:  # as in `works`
+            bad[version] = failure(error)
+        else:
+            if wrong:
+                bad[version] = f"WRONG: {errors[version]:.1e} from float64"
+    for version, what in bad.items():
+        print(f"{kernel.name:<32}{version:<22}{what}", flush=True)
+    return errors, bad
 
 
 def about(options):
@@ -280,33 +319,30 @@ def main():
     print(noted["about"])
     bandwidth = rate = 1
     if options.device == "cuda":
+        cuda.compile_ahead(options.sources)
         bandwidth, rate = ceilings(options.rounds)
         noted |= {"bytes_per_second": bandwidth, "operations_per_second": rate}
         print(f"ceilings of this run: copy {bandwidth / 1e9:,.0f} GB/s, bf16 product {rate / 1e12:,.0f} TFLOP/s")
         print(f"{'kernel':<32}{'version':<22}{'us':>10}{'rate':>19}{'share':>7}{'/ cuda':>9}  arrays")
     else:
         print(f"{'kernel':<32}" + "".join(f"{name + ' ms':>14}" for name in VERSIONS[:2]) + f"{'ratio':>12}  arrays")
-    wrong = 0
+    wrong = []
     for kernel in options.kernels:
         sizes = ["large"] if options.device == "cpu" else ["gpu", *MORE_SIZES.get(kernel.name, ())]
-        errors = checked(kernel, options.dtype, options.device, sizes) if options.check else {}
-        bad = {version for version, (_, is_wrong) in errors.items() if is_wrong}
-        for version in bad:
-            print(f"{kernel.name:<32}{version:<22}WRONG: {errors[version][0]:.1e} from float64", flush=True)
-        wrong += len(bad)
+        errors, bad = checked(kernel, options.dtype, options.device, sizes) if options.check else ({}, {})
         for size in sizes:
             args, times, moved, operations = measure(kernel, size, options.dtype, options.device, options.rounds, bad)
             if options.device == "cpu":
                 print(cpu_row(kernel, args, times), flush=True)
             else:
                 print(*gpu_rows(kernel, args, times, moved, operations, bandwidth, rate), sep="\n", flush=True)
-            distances = {version: error for version, (error, _) in errors.items()}
-            row = {"kernel": kernel.name, "arrays": shapes(args), "seconds": times, "errors": distances}
+            row = {"kernel": kernel.name, "arrays": shapes(args), "seconds": times, "errors": errors, "bad": bad}
             noted["rows"].append(row | {"bytes": moved, "operations": operations})
             if options.json:  # after each one: a run that is cut off has told what it knew
                 options.json.write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8")
+        wrong += bad
     if wrong:
-        sys.exit(f"{wrong} versions are wrong, and were not timed")
+        sys.exit(f"{len(wrong)} versions are wrong or failed, and were not timed")
 
 
 if __name__ == "__main__":

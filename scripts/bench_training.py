@@ -167,7 +167,9 @@ def torch_step(config, model, o):
     run = torch.compile(theirs) if o.compile else theirs
 
     def step(batch):
-        x, y = (torch.from_numpy(ids.astype(np.int64)).to(o.device, non_blocking=True) for ids in (batch.x, batch.y))
+        x, y = (torch.from_numpy(ids.astype(np.int64)) for ids in (batch.x, batch.y))
+        if o.device == "cuda":  # from memory that is not pinned, the copy would wait for the GPU
+            x, y = (ids.pin_memory().to(o.device, non_blocking=True) for ids in (x, y))
         with torch.autocast(o.device, kind, enabled=o.precision != "float32"):
             loss = run(x, y)
         loss.backward()

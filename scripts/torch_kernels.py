@@ -6,30 +6,30 @@ with the FlashAttention back end and with cuDNN's), its fused AdamW, and for the
 torch.compile, which makes Triton kernels of it.
 """
 
+import functools
 import importlib
 
 import numpy as np
 
 
 def counterparts(name, args, kwargs):
-    """{what it is: function of the kernel's arguments} for a kernel; {} where PyTorch is not there or has none."""
+    """{what it is: function of the kernel's arguments, as `tensor` makes them} for a kernel; {} where PyTorch is not
+    there or has none."""
     try:
         torch = importlib.import_module("torch")
     except ModuleNotFoundError:
         return {}
     if not torch.cuda.is_available() or name not in MAKERS:
         return {}
-    return {
-        what: lambda *args, f=function, **_: f(*(tensor(torch, x) for x in args))
-        for what, function in MAKERS[name](torch, args, kwargs).items()
-    }
+    return MAKERS[name](torch, args, kwargs)
 
 
-def tensor(torch, x):
+def tensor(x):
     """An array as a Tensor on the same memory; what is no array stays as it is. DLPack has no name for CuPy's
     ml_dtypes, so bfloat16 travels as 16 bits."""
     if not hasattr(x, "dtype") or isinstance(x, np.generic) or x.ndim == 0:
         return x
+    torch = importlib.import_module("torch")
     if x.dtype.name == "bfloat16":
         return torch.from_dlpack(x.view(np.int16)).view(torch.bfloat16)
     return torch.from_dlpack(x)
@@ -64,10 +64,14 @@ def _back_ends(torch, args):
 
 def attention_backward(torch, args, kwargs):
     """The backward alone: the graph of one forward is kept, and walked again at every call."""
-    do, q, k, v, _, _, start, scale = (tensor(torch, x) for x in args)
+    do, q, k, v, _, _, start, scale = (tensor(x) for x in args)
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    kept = {what: f(q, k, v, start, scale) for what, f in attention_forward(torch, args, kwargs).items()}
-    return {what: lambda *_, o=o: torch.autograd.grad(o, (q, k, v), do, retain_graph=True) for what, o in kept.items()}
+
+    def backward_of(forward):
+        kept = functools.cache(lambda: forward(q, k, v, start, scale))
+        return lambda *_: torch.autograd.grad(kept(), (q, k, v), do, retain_graph=True)
+
+    return {what: backward_of(forward) for what, forward in attention_forward(torch, args, kwargs).items()}
 
 
 def cross_entropy_forward(torch, args, kwargs):
@@ -134,7 +138,7 @@ def rope(torch, args, kwargs):
 
 def adamw_inplace(torch, args, kwargs):
     """PyTorch's fused AdamW on the same memory, as one parameter."""
-    parameter, g = torch.nn.Parameter(tensor(torch, args[0])), tensor(torch, args[3])
+    parameter, g = torch.nn.Parameter(tensor(args[0])), tensor(args[3])
     options = {"lr": kwargs["lr"], "betas": (kwargs["beta1"], kwargs["beta2"]), "eps": kwargs["eps"]}
     optimizer = torch.optim.AdamW([parameter], weight_decay=kwargs["weight_decay"], fused=True, **options)
     parameter.grad = g

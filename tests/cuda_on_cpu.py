@@ -35,7 +35,7 @@ class Cpu:
     edits  {file name: [(old, new), ...]}: faults to plant in the sources; each old text must stand there exactly once
     """
 
-    def __init__(self, order="forward", edits=None, shared_limit=227 << 10):
+    def __init__(self, order="forward", edits=None, shared_limit=226 << 10):
         self.order, self.edits = order, edits or {}
         self._shared_limit = shared_limit
         self.launched = []  # (file name, instance) of every launch

@@ -532,6 +532,12 @@ def ascontiguousarray(a, dtype=None):
     return array(a, dtype, order="C")
 
 
+def copyto(dst, src, casting="same_kind", where=None):
+    if where is not None or not (isinstance(src, ndarray) and isinstance(dst, ndarray)):
+        raise NotImplementedError("copyto: from array to array")
+    np.copyto(dst._array, src._array, casting)
+
+
 def asnumpy(a, stream=None, order="C", out=None, *, blocking=True):
     return a.get(stream, order, out, blocking) if isinstance(a, ndarray) else np.asarray(a, order=order)
 
@@ -876,7 +882,7 @@ class _float_function:
 _PUBLIC = """
 ndarray ufunc where clip isneginf empty zeros ones full empty_like zeros_like ones_like arange array asarray
 ascontiguousarray asnumpy concatenate stack split take take_along_axis broadcast_to expand_dims meshgrid repeat
-flatnonzero argmax cumsum matmul einsum
+flatnonzero argmax cumsum matmul einsum copyto
 """
 _tell_everything()
 

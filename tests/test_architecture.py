@@ -73,6 +73,7 @@ ARROWS = {
         "scripts",
         "kernels",
         "kernels.kernel",
+        "kernels.cuda",
         "kernels.blas",
         OP,
     ],

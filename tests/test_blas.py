@@ -105,6 +105,7 @@ class FakeCublasLt:
     def __init__(self, memory):
         self.guarded = True
         self.memory, self.calls, self.fails, self.workspaces, self.streams = memory, [], {}, set(), set()
+        self.found, self.state = 1, 0  # algorithms of the heuristic, and the state of the first
         for name, argtypes in PROTOTYPES.items():
             setattr(self, name, ctypes.CFUNCTYPE(I, *argtypes)(self._with_status(name)))
 
@@ -169,8 +170,8 @@ class FakeCublasLt:
             0,
             64,
         ]
-        ctypes.c_int.from_address(results + 72).value = 0
-        ctypes.c_int.from_address(count).value = 1
+        ctypes.c_int.from_address(results + 72).value = self.state
+        ctypes.c_int.from_address(count).value = self.found
 
     def Matmul(self, handle, desc, alpha, a, of_a, b, of_b, beta, c, of_c, d, of_d, algorithm, workspace, size, stream):
         problem = self._problem(handle, desc, of_a, of_b, of_c, of_d)
@@ -424,6 +425,15 @@ def test_what_the_library_can_not_do_is_cupys_matmul(cupy, function):
     else:
         blas.multiply(x, y, out)
     assert cupy.products == 1
+    assert np.allclose(out, np.array(x) @ np.array(y), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("found", "state"), [(0, 0), (1, 15)])  # none found, or one whose state says that it is none
+def test_no_algorithm_is_cupys_matmul(cupy, found, state):
+    cupy.library.found, cupy.library.state = found, state
+    x, y, out = arrays(cupy, (6, 7), (7, 5), (6, 5))
+    blas.multiply(x, y, out)
+    assert cupy.products == 1 and "cublasLtMatmul" not in cupy.library.calls
     assert np.allclose(out, np.array(x) @ np.array(y), rtol=1e-5)
 
 

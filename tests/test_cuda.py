@@ -33,6 +33,13 @@ def one_of_each_kernel(source):
     return list({instance.split("<")[0]: instance for instance in reversed(source.instances)}.values())
 
 
+def brought_more(source):
+    """The kernels of a file whose launch brings shared memory besides their own."""
+    parts = source.path.read_text(encoding="utf-8").split("__global__")[1:]
+    names = [re.search(r"\bvoid\s+(\w+)", re.sub(r"__launch_bounds__\(.*\)", "", part))[1] for part in parts]
+    return {name for name, part in zip(names, parts, strict=True) if "DYNAMIC_SHARED(" in part}
+
+
 def check_resources(source, found, architecture):
     """Complain of what does not fit in registers. The budget is for sm_90, whose compiler it was read off; another
     architecture's may use a few more."""
@@ -40,6 +47,7 @@ def check_resources(source, found, architecture):
         what = f"{source.name}, {instance}, {architecture}: {made._replace(code=made.code[:4])}"
         assert made.code.startswith(b"\x7fELF"), what
         assert made.spilled == 0 and made.stack == 0, what
+        assert made.shared <= (cuda.OWN_SHARED if instance.split("<")[0] in brought_more(source) else 48 << 10), what
         assert made.registers <= (source.instances[instance] if architecture == "sm_90" else 255), what
 
 
@@ -222,9 +230,29 @@ def test_a_kernel_is_compiled_once_and_then_read_from_the_disk(gpu, tmp_path, mo
     assert gpu.loaded[2] != gpu.loaded[0]
 
 
+def test_what_is_compiled_ahead_is_not_compiled_at_a_launch(gpu, tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    kinds = {"doubled<float>": 16, "doubled<int>": 16}
+    source = source_of(DOUBLED, tmp_path / "source", **kinds)
+    cuda.compile_ahead([source])
+    monkeypatch.setattr(cuda, "compile_instances", None)  # would not be callable
+    for instance in kinds:
+        source.launch(instance, 1, 32, ())
+    assert [name for name, *_ in gpu.launched] == ["_Z7doubledIfEvPT_", "_Z7doubledIiEvPT_"]
+
+
+def test_the_limit_of_shared_memory_holds_for_a_kernels_own_too(gpu, tmp_path):
+    """A vocabulary of 24,576 in 16 bits is 48 KB, and the reductions' 256 bytes came on top: no launch."""
+    source = source_of(DOUBLED, tmp_path, **{"doubled<float>": 16})
+    source.launch("doubled<float>", 1, 32, (), shared=47 << 10)
+    assert gpu.allowed == []
+    source.launch("doubled<float>", 1, 32, (), shared=48 << 10)
+    assert gpu.allowed == [(8, 48 << 10)]
+
+
 def test_how_much_shared_memory_there_is(gpu):
     cuda.Gpu._attributes.cache_clear()
-    assert cuda.backend.shared_limit() == 232_448
+    assert cuda.backend.shared_limit() == 232_448 - 1024  # which a kernel may have of its own
     cuda.Gpu._attributes.cache_clear()
 
 

@@ -231,7 +231,7 @@ def check(kernel, args, kwargs, results):
 
 def check_sizes(make, dtype, path, weights=np.float32, edits=None):
     """Every size against the definition, and the same bits from both orders of the threads."""
-    shared_limit = (5 if path.endswith("long") else 227) << 10
+    shared_limit = (4 if path.endswith("long") else 226) << 10
     for seed, size in enumerate(SIZES[make][path]):
         kernel, args = make(Draw(TYPES[dtype], weights, seed), *size)
         kwargs = ADAMW if kernel is adamw.step_inplace else {}

@@ -702,19 +702,24 @@ def test_the_benchmark_of_kernels(dtype, fault, cupy, monkeypatch, capsys, tmp_p
     example, file = script.example, tmp_path / "x.json"
     monkeypatch.setattr(script, "example", lambda kernel, seed, size, *rest: example(kernel, seed, "ragged", *rest))
     monkeypatch.setattr(script, "ceilings", lambda rounds: (1e12, 1e15))
-    monkeypatch.setattr(script, "counterparts", lambda *_: {})
+    monkeypatch.setattr(script, "BUSY", 1 << 10)
+    monkeypatch.setattr(script, "tensor", lambda x: x)
+    broken = lambda *args: (_ for _ in ()).throw(RuntimeError("no such instruction\nat all"))
+    monkeypatch.setattr(script, "counterparts", lambda *_: {"another's": broken, "one more": lambda x, weight, eps: x})
+    ahead = []
+    monkeypatch.setattr(script.cuda, "compile_ahead", ahead.extend)
     options = ["--only=rms_norm_forward", f"--dtype={dtype}", "--rounds=1", "--check", f"--json={file}"]
     monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--device=cuda", *options])
-    with on_cpu(OnCpu(edits={name: [(old, new)] for name, old, new in fault})):
-        if fault:
-            with pytest.raises(SystemExit, match="1 versions are wrong, and were not timed"):
-                script.main()
-        else:
-            script.main()
+    told = pytest.raises(SystemExit, match=f"{1 + bool(fault)} versions are wrong or failed, and were not timed")
+    with on_cpu(OnCpu(edits={name: [(old, new)] for name, old, new in fault})), told:
+        script.main()
     printed, (row,) = capsys.readouterr().out, json.loads(file.read_text(encoding="utf-8"))["rows"]
     assert "a processor that plays a GPU, CuPy 14.2.0" in printed and "copy 1,000 GB/s" in printed
     assert ("WRONG" in printed) == bool(fault) and printed.count("missing") == 1 + bool(fault)  # no numba.cuda version
-    assert row["seconds"] == dict.fromkeys(["reference"] if fault else ["cuda", "reference"], 1e-3 / 8)
+    assert "another's             FAILED: RuntimeError: no such instruction\n" in printed
+    assert set(row["bad"]) == {"another's"} | ({"cuda"} if fault else set())
+    assert {s.name for s in ahead} == {path.name for path in (ROOT / "kernels").glob("*.cu")}
+    assert row["seconds"] == dict.fromkeys([*([] if fault else ["cuda"]), "reference", "one more"], 1e-3 / 8)
 
 
 # ------------------------------------------------------------------ what can not be had

@@ -30,7 +30,7 @@ def largest_error(name, args, kwargs, dtype, exact):
     args = [x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x for x in args]
     worst = 0
     for function in torch_kernels.MAKERS[name](torch, args, kwargs).values():
-        results = function(*(torch_kernels.tensor(torch, x) for x in args))
+        results = function(*(torch_kernels.tensor(x) for x in args))
         results = args[0] if name == "adamw_inplace" else results  # p, in place
         for r, e in zip(results if isinstance(results, tuple) else (results,), exact, strict=True):
             r = r.detach().float().numpy() if torch.is_tensor(r) else r

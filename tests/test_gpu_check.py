@@ -1,0 +1,53 @@
+"""scripts/gpu_check.sh without a GPU: what an interpreter of ours is asked to run, and what is said of how it ends."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts/gpu_check.sh"
+PYTHON = """#!/usr/bin/env bash
+echo "$*" >> "$CALLS"
+case "$*" in
+    *"$FAILS"*) exit 3 ;;
+    *"$HANGS"*) sleep 60 ;;
+esac
+"""
+
+
+@pytest.fixture
+def check(tmp_path):
+    """check(fails=, hangs=, seconds=) -> (exit status, what was printed, the commands that were run)."""
+    for name, text in (("python", PYTHON), ("nvidia-smi", "#!/usr/bin/env bash\necho a GPU\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    calls = tmp_path / "calls"
+
+    def check(fails="nothing", hangs="nothing", seconds=480):
+        calls.write_text("")
+        told = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "CALLS": str(calls)}
+        told |= {"FAILS": fails, "HANGS": hangs, "SECONDS_IN_ALL": str(seconds)}
+        command = ["bash", str(SCRIPT), str(tmp_path / "out")]
+        found = subprocess.run(command, env=os.environ | told, capture_output=True, text=True, timeout=60)
+        assert found.stderr == ""
+        return found.returncode, found.stdout, calls.read_text().splitlines()
+
+    return check
+
+
+def test_every_part_is_run_and_what_passed_is_not_run_again(check):
+    status, printed, calls = check(fails="--dtype float32")
+    assert status == 1 and "FAILED: kernels-float32 (3)\n" in printed and "all parts passed" not in printed
+    assert [call.split()[0] for call in calls] == ["-m"] + ["scripts/bench_kernels.py"] * 2 + [
+        "scripts/bench_training.py"
+    ] * 5 + ["scripts/bench_kernels.py"]
+    status, printed, calls = check()
+    assert status == 0 and printed.endswith("all parts passed\n") and printed.count("passed before") == 9
+    assert len(calls) == 1 and "--dtype float32 --check --json" in calls[0]
+
+
+def test_a_part_that_hangs_ends_with_the_time(check):
+    status, printed, calls = check(hangs="pytest", seconds=1)
+    assert status == 1 and len(calls) == 1
+    assert "FAILED: device (cut off after 1 s)\nFAILED: kernels-bfloat16 (no time left)\n" in printed
