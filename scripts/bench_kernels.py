@@ -190,19 +190,20 @@ def bytes_moved(kernel, args, results):
     return sum(x.nbytes for x in args if is_array(x)) + sum(r.nbytes for r in results)
 
 
-def works(kernel, name, function, args, kwargs, bad):
-    """Whether a version can be called. If not, the error is told, and noted in `bad`."""
+@contextlib.contextmanager
+def told(kernel, name, bad):
+    """Context manager: an error of a version is told, noted in `bad`, and goes no further. CuPy, Numba, PyTorch and
+    Triton each have their own; the other versions go on."""
     try:
-        function(*args, **kwargs)
-        synchronize(args[0])
-    except Exception as error:  # of CuPy, Numba, PyTorch or Triton, each its own: the other versions go on
-        bad[name] = failure(error)
-        print(f"{kernel.name:<32}{name:<22}{bad[name]}", flush=True)
-    return name not in bad
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        tell(kernel, name, f"FAILED: {type(error).__name__}: {lines[0]}", bad)
 
 
-def failure(error):
-    return f"FAILED: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+def tell(kernel, name, what, bad):
+    bad[name] = what
+    print(f"{kernel.name:<32}{name:<22}{what}", flush=True)
 
 
 def measure(kernel, size, dtype, device, rounds, bad):
@@ -218,15 +219,21 @@ def measure(kernel, size, dtype, device, rounds, bad):
     del results
     sets = [fresh(args) for _ in range(max(1, min(8, IN_CACHE // moved)))]
     # PyTorch's side has its tensors on the same memory, and ids of 64 bits; ours has those of training, of 32.
-    theirs = counterparts(kernel.name, args, kwargs)
-    tensors = [[tensor(x) for x in one] for one in sets] if theirs else []
+    theirs, tensors = {}, []
+    with told(kernel, "PyTorch", bad):
+        theirs = counterparts(kernel.name, args, kwargs)
+        tensors = [[tensor(x) for x in one] for one in sets] if theirs else []
     sets = [[x.astype(np.int32) if is_array(x) and x.dtype.kind == "i" else x for x in one] for one in sets]
     versions = {n: kernel.versions[n] for n in ("cuda", "numba_cuda") if n in kernel.versions and n not in bad}
     calls = {n: (function, sets, kwargs) for n, function in versions.items()}
     calls["reference"] = (kernel.version("reference"), sets, kwargs)
     calls |= {n: (function, tensors, {}) for n, function in theirs.items()}
-    calls = {n: call for n, call in calls.items() if works(kernel, n, call[0], call[1][0], call[2], bad)}
-    return args, median_on_gpu(calls, rounds), moved, kernel.operations(*args)
+    for name, (function, (first, *_), options) in calls.items():
+        with told(kernel, name, bad):
+            function(*first, **options)
+            synchronize(args[0])
+    times = median_on_gpu({name: call for name, call in calls.items() if name not in bad}, rounds)
+    return args, times, moved, kernel.operations(*args)
 
 
 # ------------------------------------------------------------------ tables
@@ -290,15 +297,10 @@ def checked(kernel, dtype, device, timed):
     versions = ["numba"] if device == "cpu" else ["cuda", "numba_cuda"]
     errors, bad = {}, {}
     for version in (v for v in versions if v in kernel.versions):
-        try:
+        with told(kernel, version, bad):
             errors[version], wrong = check(kernel, version, dtype, device, sizes)
-        except Exception as error:  # as in `works`
-            bad[version] = failure(error)
-        else:
             if wrong:
-                bad[version] = f"WRONG: {errors[version]:.1e} from float64"
-    for version, what in bad.items():
-        print(f"{kernel.name:<32}{version:<22}{what}", flush=True)
+                tell(kernel, version, f"WRONG: {errors[version]:.1e} from float64", bad)
     return errors, bad
 
 
