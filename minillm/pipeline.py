@@ -102,7 +102,7 @@ SIZES = {
         "pretrain": {"tokens": 5_000_000, "batch_size": 8, "weight_decay": 0.02, "eval_every": 1000, **SHARED},
         "sft": {**SHORT, **SHARED, "epochs": 1.25, "lr": 1e-3, "batch_size": 8, "replay_share": 0.5, "eval_every": 200},
         "reward": {**SHORT, **SHARED, "lr": 1.2e-3, "batch_size": 8, "eval_every": 200},
-        "ppo": {"episodes": 1280, "max_new_tokens": 32, "eval_every": 10},
+        "ppo": {"episodes": 1280, "max_new_tokens": 32, "eval_every": 5},
         "dpo": {**SHORT, **SHARED, "lr": 1e-4, "batch_size": 16, "eval_every": 100},
     },
     "small": {
@@ -168,7 +168,7 @@ class PipelineConfig:
     out: Path = Path("pipeline")
     """the folder of the whole: a folder for each stage, and report.html"""
     size: Literal["tiny", "default", "small", "medium"] = "default"
-    """of model and data: tiny is to try it, default takes about 12 minutes on two cores, medium wants a GPU"""
+    """of model and data: tiny is to try it, default takes 11 to 22 minutes on two cores, medium wants a GPU"""
     seed: int = 0
     """the random numbers of everything"""
     device: Literal["cpu", "cuda"] = "cpu"
