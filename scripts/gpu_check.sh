@@ -14,8 +14,18 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 out="${1:-gpu-check}"
 python="${PYTHON:-python3}"
 in_all="${SECONDS_IN_ALL:-480}"
-mkdir -p "$out"
 export PYTHONUNBUFFERED=1
+"$python" -c '
+import sys
+try:
+    import pytest
+    import minillm.model
+    from minillm.kernels.device import check_device
+    check_device("cuda")
+except (ImportError, ValueError) as error:
+    sys.exit(f"gpu_check.sh: {error} (asked of {sys.executable}; PYTHON=... names another interpreter)")
+' || exit 2
+mkdir -p "$out"
 failed=()
 
 part() { # part SECONDS NAME COMMAND ...

@@ -1,13 +1,16 @@
 """scripts/gpu_check.sh without a GPU: what an interpreter of ours is asked to run, and what is said of how it ends."""
 
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts/gpu_check.sh"
 PYTHON = """#!/usr/bin/env bash
+[ "$1" = -c ] && exit 0
 echo "$*" >> "$CALLS"
 case "$*" in
     *"$FAILS"*) exit 3 ;;
@@ -45,6 +48,13 @@ def test_every_part_is_run_and_what_passed_is_not_run_again(check):
     status, printed, calls = check()
     assert status == 0 and printed.endswith("all parts passed\n") and printed.count("passed before") == 9
     assert len(calls) == 1 and "--dtype float32 --check --json" in calls[0]
+
+
+def test_without_a_gpu_it_says_so_and_begins_nothing(tmp_path):
+    told = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run(["bash", str(SCRIPT), str(tmp_path / "out")], env=told, capture_output=True, text=True)
+    assert found.returncode == 2 and found.stdout == "" and not (tmp_path / "out").exists()
+    assert re.fullmatch(r"gpu_check.sh: .*(CuPy|GPU).*\n", found.stderr)
 
 
 def test_a_part_that_hangs_ends_with_the_time(check):
