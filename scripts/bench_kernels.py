@@ -277,11 +277,9 @@ def parse():
         parser.error(str(error))
     if options.device == "cpu" and options.dtype in ("bfloat16", "float16"):
         parser.error("the CPU's kernels take float32 and float64; 16 bits are for --device cuda")
-    options.sources = set()
     for module in pkgutil.iter_modules(minillm.kernels.__path__):
         if Path(minillm.kernels.__file__).with_name(f"{module.name}.py").exists():
-            found = vars(importlib.import_module(f"minillm.kernels.{module.name}")).values()
-            options.sources |= {x for x in found if isinstance(x, cuda.Source)}
+            importlib.import_module(f"minillm.kernels.{module.name}")
     options.kernels = [kernel for kernel in KERNELS if options.only in kernel.name]
     if not options.kernels:
         names = ", ".join(k.name for k in KERNELS)
@@ -304,6 +302,12 @@ def checked(kernel, dtype, device, timed):
     return errors, bad
 
 
+def sources_of(kernels):
+    """The .cu files of some kernels: each stands in the module of its reference."""
+    modules = {sys.modules[kernel.reference.__module__] for kernel in kernels}
+    return [x for module in modules for x in vars(module).values() if isinstance(x, cuda.Source)]
+
+
 def about(options):
     """What was measured on what."""
     threads = numba.get_num_threads()
@@ -321,18 +325,19 @@ def main():
     print(noted["about"])
     bandwidth = rate = 1
     if options.device == "cuda":
-        cuda.compile_ahead(options.sources)
+        cuda.compile_ahead(sources_of(options.kernels))
         bandwidth, rate = ceilings(options.rounds)
         noted |= {"bytes_per_second": bandwidth, "operations_per_second": rate}
         print(f"ceilings of this run: copy {bandwidth / 1e9:,.0f} GB/s, bf16 product {rate / 1e12:,.0f} TFLOP/s")
         print(f"{'kernel':<32}{'version':<22}{'us':>10}{'rate':>19}{'share':>7}{'/ cuda':>9}  arrays")
     else:
         print(f"{'kernel':<32}" + "".join(f"{name + ' ms':>14}" for name in VERSIONS[:2]) + f"{'ratio':>12}  arrays")
-    wrong = []
+    wrong = set()
     for kernel in options.kernels:
         sizes = ["large"] if options.device == "cpu" else ["gpu", *MORE_SIZES.get(kernel.name, ())]
-        errors, bad = checked(kernel, options.dtype, options.device, sizes) if options.check else ({}, {})
+        errors, found = checked(kernel, options.dtype, options.device, sizes) if options.check else ({}, {})
         for size in sizes:
+            bad = dict(found)  # what fails at one size may do at another
             args, times, moved, operations = measure(kernel, size, options.dtype, options.device, options.rounds, bad)
             if options.device == "cpu":
                 print(cpu_row(kernel, args, times), flush=True)
@@ -342,7 +347,7 @@ def main():
             noted["rows"].append(row | {"bytes": moved, "operations": operations})
             if options.json:  # after each one: a run that is cut off has told what it knew
                 options.json.write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8")
-        wrong += bad
+            wrong |= {(kernel.name, version) for version in bad}
     if wrong:
         sys.exit(f"{len(wrong)} versions are wrong or failed, and were not timed")
 

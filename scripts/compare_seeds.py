@@ -1,7 +1,7 @@
 """
 The pipeline on the atlas with several seeds: what came out every time, and what was luck.
 
-    python scripts/compare_seeds.py --out seeds                     # seeds 0, 1 and 2: 35 to 65 minutes on two cores
+    python scripts/compare_seeds.py --out seeds                     # seeds 0, 1 and 2: 40 to 65 minutes on two cores
     python scripts/compare_seeds.py --out seeds --seeds 0 1 2 3 4
 
 A seed is a world of its own (other facts are held out, all texts are new), a tokenizer, and all that is trained. Every
