@@ -26,7 +26,7 @@ import numpy as np
 
 from . import functional as F
 from .autograd import no_grad
-from .generate import draw, filter_logits, penalise
+from .generate import draw, penalise
 from .kernels.device import to_host
 
 SLACK = 256  # columns that may be wasted however short the rows are
@@ -367,7 +367,7 @@ class Batcher:
             filters, x = dict(settings), logits[members]
             if (penalty := filters.pop("repetition_penalty", 1.0)) != 1:
                 penalise(x, [rows[n].all_ids() for n in members], penalty)
-            picks[members], _ = draw(filter_logits(x, **filters), [self.streams[first + n] for n in members])
+            picks[members], _ = draw(x, [self.streams[first + n] for n in members], **filters)
         finished = []
         for n, (row, token) in enumerate(zip(rows, picks.tolist(), strict=True), first):
             row.began, row.ended = row.began or now, now

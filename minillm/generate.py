@@ -13,7 +13,7 @@ import numpy as np
 
 from minillm import functional as F
 from minillm.autograd import no_grad
-from minillm.kernels.device import to_host
+from minillm.kernels.device import beside, to_host, xp_of
 
 
 @dataclasses.dataclass
@@ -33,7 +33,8 @@ class Generation:
 
 
 def filter_logits(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """The logits (N, V) of the distribution that is sampled: logits / temperature, and -inf for what is left out.
+    """The logits (N, V) of the distribution that is sampled, in float64, where they were (host or GPU): logits /
+    temperature, and -inf for what is left out.
 
     temperature  0 leaves only the largest logit (the lowest id where several tie)
     top_k        the k largest; of equal ones the lower ids, so that exactly k remain
@@ -43,24 +44,25 @@ def filter_logits(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None
     They apply in this order, each to what the ones before have left. ValueError names a value out of range.
     """
     _check(temperature, top_k, top_p, min_p)
+    xp, x = xp_of(logits), logits.astype(np.float64)
+    rows, (_, V) = xp.arange(len(x)), x.shape
     if temperature == 0:
-        temperature, top_k = 1.0, 1
-    x = np.asarray(logits, np.float64) / temperature
+        best, only = x.argmax(-1), xp.full(x.shape, -np.inf)
+        only[rows, best] = x[rows, best]
+        return only
+    x /= temperature
     if top_k is not None or top_p is not None:
-        order = np.argsort(-x, axis=-1, kind="stable")
-        kept = np.ones(x.shape, bool)
-        if top_k is not None:
-            kept[:, top_k:] = False
+        falling = xp.sort(x, -1)[:, ::-1]
+        count = xp.full(len(x), V if top_k is None else min(top_k, V))
         if top_p is not None:
-            p = np.where(kept, np.take_along_axis(_softmax(x), order, -1), 0)
-            p /= p.sum(-1, keepdims=True)
-            kept &= np.cumsum(p, -1) - p < top_p
-            kept[:, 0] = True
-        keep = np.empty_like(kept)
-        np.put_along_axis(keep, order, kept, -1)
-        x = np.where(keep, x, -np.inf)
-    if min_p is not None:
-        x = np.where(x >= x.max(-1, keepdims=True) + np.log(min_p), x, -np.inf) if min_p > 0 else x
+            p = _softmax(falling[:, :top_k])
+            count = xp.maximum((xp.cumsum(p, -1) - p < top_p).sum(-1), 1)
+        least = falling[rows, count - 1][:, None]  # the smallest that stays; of those equal to it some of the first
+        more, equal = x > least, x == least
+        room = (count - more.sum(-1))[:, None]
+        x = xp.where(more | (equal & (xp.cumsum(equal, -1) <= room)), x, -np.inf)
+    if min_p is not None and min_p > 0:
+        x = xp.where(x >= x.max(-1, keepdims=True) + np.log(min_p), x, -np.inf)
     return x
 
 
@@ -76,29 +78,41 @@ def _check(temperature, top_k, top_p, min_p):
 
 
 def _softmax(x):
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
+    xp = xp_of(x)
+    e = xp.exp(x - x.max(-1, keepdims=True))
+    e /= e.sum(-1, keepdims=True)
+    return e
 
 
 def penalise(logits, seen, penalty):
     """Make what has occurred less likely: divide its positive logits by the penalty and multiply its negative ones
     (Keskar et al. 2019, section 4.1)."""
+    xp = xp_of(logits)
     for row, ids in zip(logits, seen, strict=True):
-        ids = np.unique(ids)
-        row[ids] = np.where(row[ids] > 0, row[ids] / penalty, row[ids] * penalty)
+        ids = beside(np.unique(ids), logits)
+        row[ids] = xp.where(row[ids] > 0, row[ids] / penalty, row[ids] * penalty)
 
 
-def draw(filtered, streams):
-    """One token per row by inverting the cumulative distribution, and its log-probability."""
-    p = _softmax(filtered)
-    cumulative = np.cumsum(p, -1)
-    picks = [
+def draw(logits, streams, **filters):
+    """One token per row of logits (N, V), and its log-probability: two arrays (N,) on the host, by inverting the
+    cumulative distribution of filter_logits(logits, **filters). Waits for a GPU once. ValueError where logits are not
+    finite.
+    """
+    xp, numbers = xp_of(logits), np.array([stream.random() for stream in streams])
+    if filters.get("temperature") == 0:
+        picks = logits.argmax(-1)
+        logprobs = 0 * logits.max(-1)
+    else:
+        p = _softmax(filter_logits(logits, **filters))
+        cumulative = xp.cumsum(p, -1)
+        picks = (cumulative <= beside(numbers, p)[:, None] * cumulative[:, -1:]).sum(-1)
         # the last token that has a probability, should rounding leave the sum below the number drawn
-        min(np.searchsorted(c, stream.random() * c[-1], side="right"), np.flatnonzero(row)[-1])
-        for c, row, stream in zip(cumulative, p, streams, strict=True)
-    ]
-    picks = np.array(picks, np.int64)
-    return picks, np.log(p[np.arange(len(p)), picks])
+        picks = xp.minimum(picks, p.shape[-1] - 1 - (p[:, ::-1] > 0).argmax(-1))
+        logprobs = xp.log(p[xp.arange(len(p)), picks])
+    picks, logprobs = to_host(xp.stack([picks.astype(np.float64), logprobs]))
+    if np.isnan(logprobs).any():
+        raise ValueError("the model's logits are not finite: its weights are damaged, or training has gone astray")
+    return picks.astype(np.int64), logprobs
 
 
 def next_probabilities(model, prompt, **filters):
@@ -109,7 +123,7 @@ def next_probabilities(model, prompt, **filters):
     context = model.config.max_position_embeddings
     row = _Row(0, _checked_prompt(0, prompt, model.config.vocab_size, context, cut=False), None)
     with no_grad():
-        return _softmax(filter_logits(_Batch(model, [row], 0, cached=False).next_logits(), **filters))[0]
+        return to_host(_softmax(filter_logits(_Batch(model, [row], 0, cached=False).next_logits(), **filters))[0])
 
 
 def generate(
@@ -162,8 +176,8 @@ def generate(
             logits = batch.next_logits()
             if repetition_penalty != 1:
                 penalise(logits, [row.all_ids() for row in batch.rows], repetition_penalty)
-            filtered = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-            picks, logprobs = draw(filtered, [row.stream for row in batch.rows])
+            streams = [row.stream for row in batch.rows]
+            picks, logprobs = draw(logits, streams, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
             for row, token, logprob in zip(batch.rows, picks.tolist(), logprobs.tolist(), strict=True):
                 row.ids.append(token)
                 row.logprobs.append(logprob)
@@ -223,14 +237,14 @@ class _Batch:
         self.cache = model.new_cache(len(rows), longest + max_new_tokens) if cached and rows else None
 
     def next_logits(self):
-        """(rows, V) float64 for the token that comes next in each row."""
+        """(rows, V) float64 for the token that comes next in each row, where the model is."""
         if self.cache is not None and self.cache.length:
             tokens = np.array([row.ids[-1:] for row in self.rows])
         else:
             tokens = np.array([np.pad(row.all_ids(), (p, 0)) for row, p in zip(self.rows, self.pads, strict=True)])
         start = np.repeat(self.pads[:, None], tokens.shape[1], 1)
         hidden = self.model.hidden(tokens, start, self.cache)
-        return to_host(F.linear(hidden.data[:, -1], self.model.head.data).data).astype(np.float64)
+        return F.linear(hidden.data[:, -1], self.model.head.data).data.astype(np.float64)
 
     def drop_finished(self):
         going_on = np.flatnonzero([row.finish is None for row in self.rows])

@@ -599,6 +599,11 @@ def cumsum(a, axis=None, dtype=None, out=None):
     return a.cumsum(axis, dtype)
 
 
+def sort(a, axis=-1, kind=None):
+    _no_16_bits("sort", a)
+    return _wrap(np.sort(_ours(a), axis))
+
+
 def matmul(*args, out=None):
     a, b = map(_ours, args)
     if max(a.ndim, b.ndim) > 2 and min(a.dtype.itemsize, b.dtype.itemsize) < 4:
@@ -882,7 +887,7 @@ class _float_function:
 _PUBLIC = """
 ndarray ufunc where clip isneginf empty zeros ones full empty_like zeros_like ones_like arange array asarray
 ascontiguousarray asnumpy concatenate stack split take take_along_axis broadcast_to expand_dims meshgrid repeat
-flatnonzero argmax cumsum matmul einsum copyto
+flatnonzero argmax cumsum sort matmul einsum copyto
 """
 _tell_everything()
 

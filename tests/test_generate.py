@@ -69,6 +69,45 @@ def test_min_p_greedy_and_the_order_of_filters():
     assert np.allclose(filter_logits(logits, temperature=2.0), logits / 2)
 
 
+@settings(max_examples=100)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.0, 0.5, 1.0, 1.7]),
+    st.none() | st.integers(1, 12),
+    st.none() | st.floats(0.01, 1.0),
+    st.none() | st.floats(0.0, 1.0),
+)
+def test_filters_are_the_definition_token_by_token(seed, temperature, top_k, top_p, min_p):
+    rng = np.random.default_rng(seed)
+    logits = rng.choice([-2.0, -1.5, 0.0, 0.25, 3.0, -np.inf], (3, 9))  # many ties
+    logits[:, 4] = 1.0
+    filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    for row, found in zip(logits, filter_logits(logits, **filters), strict=True):
+        x = row / (temperature or 1)
+        order = sorted(range(9), key=lambda i: (-x[i], i))[: 1 if temperature == 0 else top_k]
+        if top_p is not None:
+            p, before = np.exp(x[order]) / np.exp(x[order]).sum(), 0.0
+            for n, each in enumerate(p):
+                if n and not before < top_p:
+                    order = order[:n]
+                    break
+                before += each
+        if min_p:
+            order = [i for i in order if np.exp(x[i]) >= min_p * np.exp(x[order].max()) * (1 - 1e-12)]
+        expected = np.full(9, -np.inf)
+        expected[order] = x[order]
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_model_that_is_not_finite_is_told(temperature, bad):
+    model = sharp(CONFIGS["llama"])
+    model.flat[:] = bad
+    with np.errstate(all="ignore"), pytest.raises(ValueError, match="logits are not finite"):
+        generate(model, [[1, 2]], max_new_tokens=2, temperature=temperature)
+
+
 @settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.floats(0.01, 1.0))
 def test_top_p_is_the_smallest_set(seed, top_p):

@@ -60,7 +60,7 @@ def test_every_parameter_gets_its_gradient(config):
         offset, _ = model._offsets[name]
         part = slice(offset, offset + p.size)
         p_direction[part] = rng.standard_normal(p.size)
-        assert np.array_equal(p.grad.reshape(-1), gradient[part])
+        assert np.array_equal(p.grad.reshape(-1), gradient[part]) and p.grad.any(), name
         assert np.isclose(gradient @ p_direction, along(p_direction), rtol=1e-5, atol=1e-7), name
 
 
