@@ -2,7 +2,7 @@
 Continuous batching: texts that are asked for at different times are decoded together.
 
     with Batcher(model, tokenizer, size=8) as batcher:
-        batcher.submit([Row(prompt, max_new_tokens=20, listener=print)])
+        batcher.submit([Row(prompt=[1, 2, 3], max_new_tokens=20, listener=print)])
 
 One thread owns the model. Between two decoding steps it lets go of rows that are finished or cancelled, and takes in
 those that wait, one of each request in turn, up to `size`. A row's text is what minillm.generate makes of its prompt
@@ -193,8 +193,9 @@ class Batcher:
         with self.changed:
             if self.deadline is not None:
                 raise Closed("the server is shutting down")
-            self.requests.append(deque(rows))
-            self.changed.notify()
+            if rows:
+                self.requests.append(deque(rows))
+                self.changed.notify()
 
     def cancel(self, rows):
         """Nobody listens to these any more."""
@@ -245,6 +246,7 @@ class Batcher:
         for row in self.rows:
             self._send(row, Piece("", [], error=error))
         self.rows, self.writings, self.streams = [], [], []
+        self.clean = 0  # what they left in the cache may be nan, and a masked one would still be one
 
     def _step(self):
         """Take in what waits, and write one token of each row."""

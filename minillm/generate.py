@@ -234,7 +234,8 @@ class _Batch:
         self.model, self.rows = model, list(rows)
         longest = max((len(row.prompt) for row in rows), default=0)
         self.pads = np.array([longest - len(row.prompt) for row in rows], np.int32)
-        self.cache = model.new_cache(len(rows), longest + max_new_tokens) if cached and rows else None
+        room = longest + min(max_new_tokens, model.config.max_position_embeddings)
+        self.cache = model.new_cache(len(rows), room) if cached and rows else None
 
     def next_logits(self):
         """(rows, V) float64 for the token that comes next in each row, where the model is."""

@@ -426,8 +426,8 @@ def answers_to_questions(stage, models):
 
 
 def ranked_right(stage):
-    """{"clean_pairs", "heldout_pairs"}: the reward model's accuracy on all pairs of rankings that it has not seen, in
-    the true order, about facts that it was asked and about held-out ones."""
+    """{"clean_pairs", "heldout_pairs"}: the reward model's accuracy on all pairs of rankings without a mistake in their
+    order: of answers drawn anew, mostly to prompts that it was trained on, and of answers about held-out facts."""
     folder, found = stage.at("reward"), {}
     model, tokenizer, template = stage.load("reward", "scalar"), load_tokenizer(folder), template_of(folder)
     for name, file in (("clean_pairs", "clean_rankings.jsonl"), ("heldout_pairs", "heldout_rankings.jsonl")):

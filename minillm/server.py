@@ -555,12 +555,14 @@ class Service:
         return to_json({"prompt": await asyncio.to_thread(self.tokenizer.decode, tokens)})
 
     def _encode(self, text, param, begin=True):
-        """The ids of a text, behind the begin of a text where the tokenizer has one."""
+        """The ids of a text, behind the begin of a text where the tokenizer has one. An empty text is that alone, or
+        where there is none, the end of the text before."""
         try:
             ids = self.tokenizer.encode(text_of(text, param)).tolist()
         except ValueError as error:
             raise Refusal(400, f"{param}: {error}", param) from None
-        return [self.tokenizer.bos_id, *ids] if begin and self.tokenizer.bos_id is not None else ids
+        before = self.tokenizer.eos_id if self.tokenizer.bos_id is None and not ids else self.tokenizer.bos_id
+        return [before, *ids] if begin and before is not None else ids
 
     def _check_ids(self, ids, param):
         for n, token in enumerate(ids):

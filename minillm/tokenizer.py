@@ -170,7 +170,8 @@ class Tokenizer:
         """Reads a tokenizer.json, or the one in the folder `path`; anybody's, if it is byte-level.
 
         The names of bos, eos and pad come from the tokenizer_config.json beside it (Hugging Face's name for it) and
-        from `roles`, which go first: `load(path, pad="<unused0>")`. A file whose config pads with its eos has no pad.
+        from `roles`, which go first: `load(path, pad="<unused0>")`. Where neither speaks of bos or eos, as GPT-2's do,
+        a model's config.json in the folder may have its id. A file whose config pads with its eos has no pad.
         """
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
@@ -188,6 +189,12 @@ class Tokenizer:
                 raise ValueError(f"{config_of(path)}: {role}_token has to be the name of a token, and is {name!r:.60}")
         if names["pad"] == names["eos"]:
             names["pad"] = None
+        silent = [role for role in ("bos", "eos") if f"{role}_token" not in config]
+        if silent and (model := path.with_name("config.json")).exists():
+            values, added = read_object(model), backend.get_added_tokens_decoder()
+            for role in silent:
+                token = added.get(place) if isinstance(place := values.get(f"{role}_token_id"), int) else None
+                names[role] = token.content if token and token.special else None
         return cls(backend, **(names | roles))
 
     def save(self, path):

@@ -1,7 +1,9 @@
 """Rows of JSON to conversations, preferences and prompts, and these to ids and masks that train answers alone."""
 
 import json
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,6 +93,27 @@ def test_conversations_and_prompts_in_every_shape(file):
     assert [c.where for c in found] == [f"{path}:{n}" for n in (1, 2, 3, 4)] and found[0].row["source"] == "x"
     found = [c.messages for c in C.read_prompts(path)]  # up to the user's last turn
     assert found == [three[:-1], talk("a"), talk("a"), talk("a", "b", "c")]
+
+
+def test_the_second_of_two_answers_may_be_the_better_one(file):
+    one = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    rows = [
+        one | {"preference": 0.25, "margin": 1.5},
+        one | {"preference": 0.5},
+        {"prompt": "a", "ranked": [["b", "c"], "d"]},
+    ]
+    found = [(p.answers, p.preference, p.margin) for p in C.read_preferences(file(*rows))]
+    assert found == [(["c", "b"], 0.75, -1.5), (["b", "c"], 0.5, 0.0), (["b", "c", "d"], 1.0, 0.0)]
+
+
+def test_examples_are_the_same_on_any_day(monkeypatch):
+    """A template that writes today's date would make other examples tomorrow, and no run could go on."""
+    source = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}|{{ m.content }}{% endfor %}"
+    tokenizer, found = bytes_tokenizer(), []
+    for day in (1, 2):
+        monkeypatch.setattr("minillm.chat.datetime", SimpleNamespace(now=lambda day=day: datetime(2026, 3, day)))
+        found.append([f(talk("a", "b"), source, tokenizer)[0].tobytes() for f in (C.rendered, render)])
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]  # whoever talks with it is told today's
 
 
 def test_preferences_in_every_shape(file):

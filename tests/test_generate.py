@@ -99,6 +99,12 @@ def test_filters_are_the_definition_token_by_token(seed, temperature, top_k, top
         np.testing.assert_array_equal(found, expected)
 
 
+def test_the_context_bounds_what_is_asked_for():
+    """Room for 10^12 tokens is not there, and nobody needs it."""
+    (found,) = generate(sharp(CONFIGS["llama"]), [[1, 2]], max_new_tokens=10**12, temperature=0)
+    assert len(found.ids) == 38 and found.finish == "length"
+
+
 @pytest.mark.parametrize("temperature", [0, 0.7])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_model_that_is_not_finite_is_told(temperature, bad):

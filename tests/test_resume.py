@@ -182,6 +182,43 @@ def test_a_run_killed_after_its_last_update_writes_its_model(world, tmp_path, tm
     same(left(here.out), straight(world, tmp_path_factory, "sft", {}))
 
 
+def stopped_after(step, trainer, here, monkeypatch):
+    """Train until a signal comes in an update."""
+    update = run.Run.update
+    with monkeypatch.context() as patch:
+        told = lambda self, *args, **kw: (
+            self.step == step and signal.raise_signal(signal.SIGINT),
+            update(self, *args, **kw),
+        )
+        patch.setattr(run.Run, "update", told)
+        with pytest.raises(run.Stopped):
+            trainer.train(here)
+
+
+def test_a_dpo_run_goes_on_though_the_references_last_bits_are_others(world, tmp_path, monkeypatch):
+    """As they are with another number of threads, precision or device, all of which may change."""
+    here, made = config(world, "dpo", tmp_path / "out"), dpo.with_reference
+    stopped_after(3, dpo, here, monkeypatch)
+
+    def other_bits(*args):
+        found = made(*args)
+        return [e._replace(reference=tuple(np.nextafter(x, np.float32(0)) for x in e.reference)) for e in found]
+
+    monkeypatch.setattr(dpo, "with_reference", other_bits)
+    dpo.train(dataclasses.replace(here, resume=True))
+
+
+def test_a_run_goes_on_with_its_files_in_another_place(world, tmp_path, tmp_path_factory, monkeypatch):
+    """Their contents are compared, not their paths."""
+    for name in TRAINERS:
+        here = config(world, name, tmp_path / name)
+        stopped_after(3, TRAINERS[name], here, monkeypatch)
+        moved = tmp_path / "moved"
+        shutil.copytree(world, moved, dirs_exist_ok=True)
+        TRAINERS[name].train(dataclasses.replace(config(moved, name, tmp_path / name), resume=True))
+        same(left(here.out), straight(world, tmp_path_factory, name, {}))
+
+
 def test_a_damaged_checkpoint_is_passed_over_with_a_loud_line(world, tmp_path, tmp_path_factory, capfd):
     here = config(world, "reward", tmp_path / "out")
     reward.train(here)

@@ -231,6 +231,26 @@ def test_requests_that_come_together_are_decoded_together():
     assert len(widths) < 60  # alone, each would take 30 steps
 
 
+def test_rows_after_a_request_that_met_nan_are_well():
+    """What it left in the cache is behind a mask, and nan times nothing would still be nan."""
+    model, bad = sharp(tie_word_embeddings=False), 7
+    model.parameters[model.embedding_name].data[bad] = np.nan
+
+    def finishes(*prompts):
+        found, left = [], threading.Semaphore(0)
+        listener = lambda piece: (found.append(piece.finish or type(piece.error).__name__), left.release())
+        settings = {"temperature": 0.0}
+        batcher.submit([Row(prompt=p, max_new_tokens=2, listener=listener, settings=settings) for p in prompts])
+        for _ in prompts:
+            assert left.acquire(timeout=20)
+        return found
+
+    with Batcher(model, TOKENIZER, 2, tell=lambda line: None) as batcher:
+        batcher.submit([])  # nobody is asked for anything
+        assert "length" not in finishes([bad] * 40)
+        assert finishes([1, 2], [3] * 20) == ["length", "length"]
+
+
 def test_requests_take_turns():
     """A large request does not keep the others waiting."""
     order, done = [], threading.Event()
@@ -336,6 +356,14 @@ def test_prompts_of_every_kind_and_several_choices_with_a_seed(serve, prompt, li
     texts = [continuation(g.prompt, g.ids) for g in made]
     assert [choice["text"] for choice in answer["choices"]] == texts
     assert answer["usage"]["prompt_tokens"] == sum(map(len, lists))
+
+
+def test_an_empty_prompt_is_the_begin_of_a_text_or_the_end_of_one(serve):
+    for bos, before in ((TOKENIZER.bos, TOKENIZER.bos_id), (None, TOKENIZER.eos_id)):
+        tokenizer = Tokenizer(TOKENIZER._backend, bos, TOKENIZER.eos, TOKENIZER.pad)
+        with Service(MODEL, tokenizer, None, name="tiny") as service:
+            answer = complete(service, "", temperature=0, max_tokens=3).json
+        assert answer["usage"]["prompt_tokens"] == 1 and answer["choices"][0]["text"] == expected([before], 3)[0]
 
 
 def test_echo_and_logprobs_are_the_models(serve):

@@ -122,6 +122,24 @@ def test_gpt2_vectors(gpt2):
         assert gpt2.decode(case["ids"]) == case["text"], case["name"]
 
 
+def test_a_folder_whose_tokenizer_names_no_end_has_the_models(tmp_path):
+    """As GPT-2's own: there the names are in the class's code, and the ids in config.json. A null is a word, too."""
+    Tokenizer.train(CORPUS, 300, special_tokens=["<end>", "<other>"], bos=None, eos="<end>", pad=None).save(tmp_path)
+
+    def roles(tokenizer_config, **config):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        found = Tokenizer.load(tmp_path)
+        return found.bos, found.eos
+
+    ids = {"bos_token_id": 1, "eos_token_id": 0}
+    assert roles({"model_max_length": 1024}, **ids) == ("<other>", "<end>")
+    assert roles({"bos_token": None}, **ids) == (None, "<end>")
+    assert roles({"bos_token": "<end>", "eos_token": "<other>"}, **ids) == ("<end>", "<other>")
+    for wrong in (None, [0], 5, 10**9):  # no id, several, a plain token, none at all
+        assert roles({}, eos_token_id=wrong) == (None, None)
+
+
 def test_gpt2_knows_its_one_control_token(gpt2):
     assert (gpt2.vocab_size, gpt2.dtype) == (50257, np.uint16)
     assert gpt2.bos_id == gpt2.eos_id == 50256 and gpt2.pad is gpt2.pad_id is None

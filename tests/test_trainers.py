@@ -357,6 +357,37 @@ def test_equal_sizes_are_not_equal_tokenizers(tmp_path):
         common.same_tokenizer(tmp_path / "two", one, "model")
 
 
+@pytest.mark.parametrize("trainer", [ppo, best_of_n])
+def test_a_reward_model_that_reads_otherwise_is_refused(trainer, tmp_path):
+    rows = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(8)]
+    prompts, base = (write(tmp_path / "p.jsonl", rows),), model_folder(tmp_path / "base", "chatml")
+    train_it = {
+        ppo: lambda told: ppo.train(
+            ppo.PPOConfig(episodes=4, batch_size=4, value_warmup=0, reference_samples=0, **told)
+        ),
+        best_of_n: lambda told: best_of_n.best_of_n(best_of_n.BestOfNConfig(n=2, **told)),
+    }[trainer]
+
+    def judged_by(name, tokenizer=TOKENIZER, template=None):
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+        model = build(Config(vocab_size=tokenizer.vocab_size, head="scalar", **sizes))
+        common.save_model(tmp_path / name, model, tokenizer, template)
+        told = {"model": base, "reward": tmp_path / name, "prompts": prompts, "max_new_tokens": 4}
+        return train_it({"out": tmp_path / f"out-{name}", **told})
+
+    judged_by("alike", template="chatml")
+    judged_by("silent")
+    with pytest.raises(
+        ValueError, match=r"other was trained on conversations in alpaca, and .*base writes them in chatml"
+    ):
+        judged_by("other", template="alpaca")
+    assert not (tmp_path / "out-other").exists()
+    judged_by("source", template=jinja_source("chatml"))  # another text, and the same ids
+    larger = Tokenizer.train(phrases(50), V + 9)
+    with pytest.raises(ValueError, match="different tokenizers"):
+        judged_by("larger", larger)
+
+
 # ------------------------------------------------------------------ losses over a model
 
 
@@ -872,6 +903,16 @@ def test_sft_evaluates_on_conversations_it_does_not_train(tmp_path, monkeypatch,
     assert f"left out: 1 longer than 65 tokens (first: {tmp_path}/out.jsonl:40)" in capsys.readouterr().out
 
 
+def test_sft_holds_out_questions_and_not_only_rows(tmp_path, monkeypatch):
+    seen, made = [], sft.encode_conversations
+    monkeypatch.setattr(sft, "encode_conversations", lambda some, *rest: seen.append(some) or made(some, *rest))
+    turns = lambda *texts: [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+    rows = [{"messages": turns(f"{i % 9}?", f"answer {i}", f"and {i}?", "so")} for i in range(36)]
+    sft.train(tuning(tmp_path, rows, held_out=0.34))
+    kept, held = ({c.messages[0]["content"] for c in some} for some in seen)
+    assert len(kept) == 6 and len(held) == 3 and not kept & held and [len(some) for some in seen] == [24, 12]
+
+
 def test_sft_twice_is_the_same_bits_and_in_parts_the_same_numbers(tmp_path):
     for name, options in (("a", {}), ("b", {}), ("c", {"micro_batch_size": 1}), ("d", {"packing": "pad"})):
         sft.train(tuning(tmp_path, chat_rows(12), name, samples=0, **options))
@@ -1001,8 +1042,10 @@ def test_what_a_reward_model_reads_is_in_its_folder_and_all_that_score_read_it(l
     assert values.pop("score_pooling") == "mean"
     (out / "config.json").write_text(json.dumps(values))
     assert (pooled != scored("last")).all()  # of the same answers, none of one token
-    again, _ = reward.train(reward.RewardConfig(model=out, data=(pairs,), out=tmp_path / "again"))
-    assert again.config.pooling == "last"  # as it was told
+    (out / "config.json").write_text(json.dumps(values | {"score_pooling": "mean"}))
+    for told, found in ({}, "mean"), ({"pooling": "last"}, "last"):
+        again, _ = reward.train(reward.RewardConfig(model=out, data=(pairs,), out=tmp_path / f"again-{found}", **told))
+        assert again.config.pooling == found
 
 
 def test_preferences_of_two_files_with_one_name_stay_apart():

@@ -14,8 +14,10 @@ Rows that can not be used (too long, nothing to train, chosen equal to rejected,
 for) are left out and counted in an `Examples`, never cut: an answer without its end teaches a model not to stop.
 """
 
+import itertools
 import re
 from collections import Counter
+from datetime import datetime
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +26,7 @@ from ..chat import TEMPLATES, check_messages, render
 from .readers import read_rows
 
 MISFIT = "that the template has no place for"
+TODAY = datetime(2024, 7, 26)  # for templates that write the date: examples are the same on any day. Llama 3.2's own
 
 
 class Conversation(NamedTuple):
@@ -35,7 +38,7 @@ class Conversation(NamedTuple):
 
 
 class Preference(NamedTuple):
-    """Two or more answers to one prompt, the best first."""
+    """Two or more answers to one prompt, the best first (of two, the one that is more probably the better one)."""
 
     where: str
     prompt: list  # messages, ending with a user's turn
@@ -116,6 +119,8 @@ def read_preferences(path, bad=None):
                 raise ValueError(f"{name} has to be a number, and is {value!r:.40}")
         if not 0 <= preference <= 1:
             raise ValueError(f"preference is a probability, and is {preference}")
+        if preference < 0.5 and ranks == (0, 1):  # then the second is the better one
+            answers, preference, margin = answers[::-1], 1 - preference, -margin
         return Preference(where, _messages(row, answered=False), answers, float(margin), float(preference), ranks)
 
     yield from _parsed(path, bad, parse)
@@ -170,6 +175,11 @@ def question_of(messages):
     return messages[:end]
 
 
+def opening_of(messages):
+    """The messages before the first answer."""
+    return list(itertools.takewhile(lambda message: message["role"] != "assistant", messages))
+
+
 def _answer(row, field):
     """A response: a string, or the last of messages."""
     if field not in row:
@@ -202,12 +212,18 @@ def _transcript(prompt):
 # ------------------------------------------------------------------ ids and masks
 
 
+def rendered(messages, template, tokenizer, **options):
+    """chat.render for training: a Jinja template that writes today's date is told one that stays."""
+    told = {} if template in TEMPLATES else {"strftime_now": TODAY.strftime}
+    return render(messages, template, tokenizer, **options, **told)
+
+
 def encode_conversations(conversations, template, tokenizer, length):
     """Examples of (ids, mask) pairs of at most length + 1 tokens, for `pack`: what a model is tuned on."""
     examples = Examples()
     for conversation in conversations:
         try:
-            ids, mask = render(conversation.messages, template, tokenizer)
+            ids, mask = rendered(conversation.messages, template, tokenizer)
         except ValueError as error:
             examples.leave_out(conversation.where, MISFIT, error)
             continue
@@ -232,8 +248,8 @@ def encode_answer(prompt, answer, template, tokenizer):
 
     ValueError: the template writes the prompt differently when an answer follows.
     """
-    before, _ = render(prompt, template, tokenizer, add_generation_prompt=True)
-    ids, mask = render([*prompt, {"role": "assistant", "content": answer}], template, tokenizer)
+    before, _ = rendered(prompt, template, tokenizer, add_generation_prompt=True)
+    ids, mask = rendered([*prompt, {"role": "assistant", "content": answer}], template, tokenizer)
     if not np.array_equal(ids[: len(before)], before):
         raise ValueError(f"template {template!r:.40} writes a prompt differently when its answer follows")
     mask[: len(before)] = False
@@ -278,7 +294,7 @@ def encode_prompts(prompts, template, tokenizer, length):
     examples = Examples()
     for prompt in prompts:
         try:
-            ids, _ = render(question_of(prompt.messages), template, tokenizer, add_generation_prompt=True)
+            ids, _ = rendered(question_of(prompt.messages), template, tokenizer, add_generation_prompt=True)
         except ValueError as error:
             examples.leave_out(prompt.where, MISFIT, error)
             continue

@@ -359,12 +359,17 @@ class _Documents(NamedTuple):
 
 class Items:
     """Arrays, strings, numbers, and tuples or lists of them, in place of rows, for `Batches`: a batch is then a list of
-    such items. They are not for a Mixture of several sources."""
+    such items. They are not for a Mixture of several sources.
+
+    source  what the items were made of, as many: it has to be the same again where a run goes on, though what was
+            computed from it may differ in the last bits. None: the items themselves
+    """
 
     length = 0  # rows have one, items do not
 
-    def __init__(self, items):
+    def __init__(self, items, source=None):
         self.items = list(items)
+        self.source = self.items if source is None else list(source)
 
     def __len__(self):
         return len(self.items)
@@ -374,11 +379,11 @@ class Items:
         return [self.items[i] for i in indices]
 
     def identity(self):
-        """See Windows.identity. Up to 1,024 of the items, evenly spread, are looked at."""
+        """See Windows.identity. The source of up to 1,024 items, evenly spread, is looked at."""
         sample = np.linspace(0, len(self) - 1, min(1024, len(self))).astype(np.int64)
         checksum = 0
         for i in sample:
-            checksum = _checksum(self.items[i], checksum)
+            checksum = _checksum(self.source[i], checksum)
         return {"rows": len(self), "checksum": checksum}
 
 

@@ -73,7 +73,7 @@ FOLD = Fold()
 
 def normalise(text):
     """The words of `text`, joined by single spaces: equal for texts that differ only in case, spacing, punctuation,
-    compatibility forms (ﬁ, Ａ, ²) or invisible characters.
+    symbols (so 7 + 2 and 7 - 2 are alike), compatibility forms (ﬁ, Ａ, ²) or invisible characters.
 
     A word is a run of letters, marks, digits and "_", and in scripts that write no spaces between words (Han, kana,
     Thai, Lao, Khmer, Myanmar) it is one character. Where nothing of a text is left, it stays as it is but for its

@@ -440,7 +440,7 @@ def _select(settings, documents, accounts, texts, seconds):
             account.languages[result.language or "none"] += 1
             begin = time.perf_counter()
             if not rule and not exact.add(result.fingerprint):
-                rule, detail = "duplicate.exact", "the same text, but for case, spaces and punctuation, came before"
+                rule, detail = "duplicate.exact", "the same words as a text before it; case, spaces and signs apart"
             begin = _lap(seconds, "exact", begin)
             if not rule and near is not None:
                 places.add(document.where)

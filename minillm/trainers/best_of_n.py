@@ -18,7 +18,7 @@ from ..data.conversations import encode_prompts, question_of, read_prompts
 from ..data.readers import Bad
 from ..generate import generate
 from ..kernels.device import check_device
-from .common import ChatSettings, load_tokenizer, padding_of, read_files, template_of
+from .common import ChatSettings, load_judge, load_tokenizer, padding_of, read_files, template_of
 from .ppo import as_answer, model_rewards
 from .run import claim
 
@@ -53,7 +53,8 @@ def best_of_n(config):
     answers; returns the means {"first": ..., "best": ...}. Answers that do not end are kept only if none does."""
     check_device(config.device)
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
-    model, reward_model = config.load(config.model, "lm"), config.load(config.reward, "scalar")
+    model = config.load(config.model, "lm")
+    reward_model = load_judge(config, tokenizer, template, model.config.vocab_size)
     context = min(model.config.max_position_embeddings, reward_model.config.max_position_embeddings)
     if config.max_new_tokens >= context:
         config.refuse("max_new_tokens", f"below the models' context of {context} tokens")

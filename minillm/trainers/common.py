@@ -19,7 +19,7 @@ from .. import autograd as ag
 from .. import functional as F
 from .. import lora
 from ..autograd import no_grad
-from ..chat import TEMPLATES, load_template, noted_template
+from ..chat import TEMPLATES, load_template, noted_template, render
 from ..checkpoint import NotFinite, write_json
 from ..data.pack import Batch, best_fit_rows
 from ..files import read_object
@@ -274,6 +274,34 @@ def same_tokenizer(folder, tokenizer, other):
         raise ValueError(f"{folder} and {other} have different tokenizers: an id does not mean the same in both")
 
 
+def load_judge(config, tokenizer, template, vocab_size):
+    """The reward model of --reward for the answers of --model. ValueError where it would read them otherwise than those
+    it was trained on: with another tokenizer or chat template, or as ids that it does not have."""
+    model = config.load(config.reward, "scalar")
+    same_tokenizer(config.reward, tokenizer, config.model)
+    if model.config.vocab_size != vocab_size:
+        raise ValueError(f"{config.reward} has {model.config.vocab_size} tokens, and {config.model} has {vocab_size}")
+    theirs = template_of(config.reward) if has_template(config.reward) else template
+    if theirs != template and not _read_alike(theirs, template, tokenizer):
+        name = lambda given: given if given in TEMPLATES else "a Jinja template"
+        raise ValueError(
+            f"{config.reward} was trained on conversations in {name(theirs)}, and {config.model} writes them in "
+            f"{name(template)}: its scores would mean nothing; train it with --template as for {config.model}"
+        )
+    return model
+
+
+def _read_alike(one, other, tokenizer):
+    """Whether two templates make the same ids of a conversation."""
+    turns = [("user", "Who?"), ("assistant", "I."), ("user", "Why?"), ("assistant", "So.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    try:
+        found = [render(messages, template, tokenizer)[0] for template in (one, other)]
+    except ValueError:  # one of them has no place for this, or needs tokens that are not there
+        return False
+    return np.array_equal(*found)
+
+
 def spellings(tokenizer):
     """The bytes of each id, in a list; b"" for an id that a vocabulary with gaps does not have."""
     found = []
@@ -301,9 +329,15 @@ def template_of(folder, given=""):
         raise ValueError(f"--template {given!r} is none of {', '.join(TEMPLATES)}, and no file{hint}")
     if given:
         return _read_template(given)
-    noted = noted_template(folder)
+    if not has_template(folder):
+        return "chatml"
+    return noted_template(folder) or _read_template(folder)
+
+
+def has_template(folder):
+    """Whether a model folder says how conversations are written for it."""
     theirs = (Path(folder) / "chat_template.jinja").exists() or _tokenizer_config(folder).get("chat_template")
-    return noted or (_read_template(folder) if theirs else "chatml")
+    return bool(noted_template(folder) or theirs)
 
 
 def _tokenizer_config(folder):

@@ -178,8 +178,9 @@ def train(config):
     print(f"{len(examples):,} preferences, {len(tests):,} held out")
     if graded := sum(e.margin != 0 or e.preference != 1 for e in examples):
         print(f"{graded:,} of them have a margin or a preference, which are not used: each counts as a plain win")
-    train_pairs, tests = (with_reference(reference, pairs(some), pad_id) for some in (examples, tests))
-    batches = Batches(Items(train_pairs), config.batch_size, config.seed)
+    found = pairs(examples)
+    train_pairs, tests = (with_reference(reference, some, pad_id) for some in (found, pairs(tests)))
+    batches = Batches(Items(train_pairs, source=found), config.batch_size, config.seed)
     steps = math.ceil(config.epochs * len(train_pairs) / config.batch_size)
     optimizer = config.optimizer(model.parameters)
     examine = examiner(config, template, tokenizer)

@@ -18,9 +18,9 @@ import numpy as np
 
 from .. import functional as F
 from ..autograd import no_grad
-from ..chat import render, stop_ids
+from ..chat import stop_ids
 from ..data import atlas
-from ..data.conversations import question_of
+from ..data.conversations import question_of, rendered
 from ..data.readers import read_rows
 from ..generate import generate
 from ..kernels.device import beside, number, to_host, upcast
@@ -136,7 +136,7 @@ def question_prompts(questions, template, tokenizer):
     if template is None:
         return [document_ids(tokenizer, q.text) for q in questions]
     messages = [[{"role": "user", "content": q.text}] for q in questions]
-    return [render(m, template, tokenizer, add_generation_prompt=True)[0] for m in messages]
+    return [rendered(m, template, tokenizer, add_generation_prompt=True)[0] for m in messages]
 
 
 def stops(template, tokenizer):

@@ -56,12 +56,12 @@ from .common import (
     dress,
     frozen_logprobs,
     hold_out,
+    load_judge,
     load_tokenizer,
     pad,
     padding_of,
     parts,
     read_files,
-    same_tokenizer,
     save_trained,
     scalar_head,
     scores,
@@ -471,11 +471,7 @@ def train(config):
     model = config.load(config.model, "lm")
     policy = trainable(model, config)
     reference = switched_off(policy) if config.lora_rank else with_head(policy, "lm")
-    reward_model = config.load(config.reward, "scalar")
-    same_tokenizer(config.reward, tokenizer, config.model)
-    if reward_model.config.vocab_size != policy.config.vocab_size:
-        sizes = reward_model.config.vocab_size, policy.config.vocab_size
-        raise ValueError(f"{config.reward} has {sizes[0]} tokens, and {config.model} has {sizes[1]}")
+    reward_model = load_judge(config, tokenizer, template, policy.config.vocab_size)
     begin = reward_model if config.value_init == "reward" else model
     if not (config.lora_rank and begin is reward_model):  # an adapter leaves it as it is, so nothing has to be copied
         begin = with_head(begin, "scalar", config.seed)
@@ -500,7 +496,7 @@ def train(config):
         print(f"left out: {examples.summary()}")
     print(f"{len(examples):,} prompts, {len(tests):,} held out")
 
-    batches = Batches(Items(examples), config.batch_size, config.seed)
+    batches = Batches(Items([ids for ids, _ in examples]), config.batch_size, config.seed)
     scorer = Scorer(model_rewards(reward_model, pad_id), 0.0, 1.0, config.reward_clip, config.missing_eos_penalty)
     if config.reference_samples:
         order = np.random.default_rng((config.seed, 4)).permutation(len(examples))
@@ -543,8 +539,7 @@ def train(config):
     best = "eval_gold" if config.questions else "eval_scores", 1
     with Run(config, steps, holds, identity, dress(policy, tokenizer, template), best) as run:
         for step in run.steps(evaluate, sample):
-            asked = [ids for ids, _ in next(batches)]
-            batch, answers, ended = rollout(policy, asked, config, stop, pad_id, (config.seed, 2, step))
+            batch, answers, ended = rollout(policy, next(batches), config, stop, pad_id, (config.seed, 2, step))
             beta = controller.coefficient
             e = experience(policy, reference, value_model, batch, scorer(answers, ended), config, beta)
             rng, train_policy = np.random.default_rng((config.seed, 3, step)), step >= config.value_warmup

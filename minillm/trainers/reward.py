@@ -55,9 +55,10 @@ class RewardConfig(TuningSettings, LoraSettings):
     ranking: Literal["pairs", "plackett_luce", "best_of_k"] = "pairs"
     """what is asked of rows with more than two answers"""
 
-    pooling: Literal["last", "mean"] = "last"
+    pooling: Literal["inherit", "last", "mean"] = "inherit"
     """an answer's score: that of its last token, which is what transformers' classifiers read, or the mean over its
-    tokens, which learns more from a few hundred preferences"""
+    tokens, which learns more from a few hundred preferences; inherit: as --model has it, last if it is no reward model
+    yet"""
 
     lr: float = 5e-4
     """the peak learning rate"""
@@ -170,7 +171,8 @@ def train(config):
     """Train, and write the model folder; returns (model, tokenizer)."""
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
     model = config.load(config.model, "scalar", config.seed)
-    model.config = replace(model.config, pooling=config.pooling)
+    if config.pooling != "inherit":
+        model.config = replace(model.config, pooling=config.pooling)
     model = trainable(model, config)
     context = model.config.max_position_embeddings
     length = min(config.length or context, context)

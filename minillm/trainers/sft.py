@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..chat import stop_ids
-from ..data.conversations import encode_conversations, encode_prompts, read_conversations
+from ..data.conversations import encode_conversations, encode_prompts, opening_of, read_conversations
 from ..data.datasets import Batches, Mixture, Windows, load_tokens
 from ..data.readers import Bad
 from .common import (
@@ -75,7 +75,7 @@ def train(config):
         same_tokenizer(config.replay, tokenizer, config.model)
     length = min(config.length or model.config.max_position_embeddings, model.config.max_position_embeddings)
     conversations = read_files(config.data, read_conversations, Bad(config.skip_bad))
-    kept, held = hold_out(conversations, config.held_out, config.seed)
+    kept, held = hold_out(conversations, config.held_out, config.seed, key=lambda c: str(opening_of(c.messages)))
     examples = encode_conversations(kept, template, tokenizer, length).checked("--data")
     tests = encode_conversations(held, template, tokenizer, length)
     prompts = encode_prompts(held[: config.samples], template, tokenizer, length - 1)
