@@ -443,11 +443,11 @@ rows_of_backward(VIEW(dout), VIEW(o), const float* lse, float* lse2, float* delt
     }
 }
 
-// Grid: (B H, tiles of queries), as in the forward.
+// Grid: (B H, tiles of queries), as in the forward. dq_t is dq's step from token to token, dk_t that of dk and dv.
 template <typename T, int Dp, int BQ, int BK, int WARPS, bool KEPT>
 __global__ void __launch_bounds__(WARPS * 32, 8 / WARPS)
 backward_queries(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const float* delta, const int* start,
-                 float scale, float scale2, T* dq, int Tq, int Tp, int Tk, int H, int Hk, int D) {
+                 float scale, float scale2, T* dq, long long dq_t, int Tq, int Tp, int Tk, int H, int Hk, int D) {
     using E = Tiles<T, Dp, BQ, BK, WARPS>;
     DYNAMIC_SHARED(qs);
     unsigned char *dos = qs + BQ * E::ROW, *ks = dos + BQ * E::ROW, *vs = ks + 2 * BK * E::ROW;
@@ -499,7 +499,7 @@ backward_queries(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const
 #pragma unroll
     for (int r = 0; r < E::R; ++r) {
         const int i = i0 + E::row(r);
-        if (i < Tq) E::store(dq + (((long long)b * Tq + i) * H + h) * D, dq_sum, r, scale, D);
+        if (i < Tq) E::store(dq + ((long long)b * Tq + i) * dq_t + h * D, dq_sum, r, scale, D);
     }
 }
 
@@ -548,7 +548,8 @@ __device__ __forceinline__ void add_to_dq(float* dq, long long stride, int i0, i
 template <typename T, int Dp, int BK, int BQ, int WARPS, bool KEPT, bool ONE_PASS>
 __global__ void __launch_bounds__(WARPS * 32, 8 / WARPS)
 backward_keys(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const float* delta, const int* end,
-              float scale, float scale2, float* dq, T* dk, T* dv, int Tq, int Tp, int Tk, int H, int Hk, int D) {
+              float scale, float scale2, float* dq, T* dk, T* dv, long long dk_t, int Tq, int Tp, int Tk, int H, int Hk,
+              int D) {
     using E = Tiles<T, Dp, BK, BQ, WARPS>;
     DYNAMIC_SHARED(ks);
     unsigned char *vs = ks + BK * E::ROW, *qs = vs + BK * E::ROW, *dos = qs + 2 * BQ * E::ROW;
@@ -616,7 +617,7 @@ backward_keys(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const fl
     for (int r = 0; r < E::R; ++r) {
         const int j = j0 + E::row(r);
         if (j >= Tk) continue;
-        const long long to = (((long long)b * Tk + j) * Hk + hk) * D;
+        const long long to = ((long long)b * Tk + j) * dk_t + hk * D;
         E::store(dk + to, dk_sum, r, scale, D);
         E::store(dv + to, dv_sum, r, 1, D);
     }

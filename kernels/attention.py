@@ -18,13 +18,15 @@ Backward (Dao et al. 2022, appendix B): p is made again from q, k and lse.
     dv_j = sum_i p_ij do_i          dp_ij = do_i . v_j          ds_ij = p_ij (dp_ij - delta_i)
     delta_i = sum_j p_ij dp_ij = do_i . o_i         (the step that is not obvious: sum_j p_ij v_j is o_i, already there)
     dq_i = scale sum_j ds_ij k_j    dk_j = scale sum_i ds_ij q_i, summed over the heads that share k_j
+    The three lie side by side where Tq = Tk, as q, k and v do in a fused projection: its gradient needs no copy then.
 
 Rungs
     reference   the definition, with the T x T matrix
     numba       64 x 64 tiles in the cache; the forward owns (b, h, query tile), the backward (b, key head): no sum is
                 shared between threads, so the result is the same bits for any number of them
     numba_cuda  the same tiles for a GPU, in Python (numba_cuda.py)
-    cuda        for a GPU in CUDA C++, on tensor cores for 16-bit floats (attention.cu, with rungs of its own)
+    cuda        for a GPU in CUDA C++, on tensor cores for 16-bit floats (attention.cu, with rungs of its own);
+                cuda_atomics is its backward in one pass
 """
 
 import math
@@ -82,6 +84,15 @@ def reference_backward(do, q, k, v, o, lse, start, scale):
     dv = (p.swapaxes(-1, -2) @ do).transpose(0, 2, 1, 3)
     dk, dv = (x.reshape(B, Tk, Hk, group, D).sum(3) for x in (dk, dv))
     return dq.astype(dtype), dk.astype(dtype), dv.astype(dtype)
+
+
+def _gradients(q, k, dtype=None):
+    """Memory for dq, dk and dv."""
+    (B, Tq, H, D), (Tk, Hk) = q.shape, k.shape[1:3]
+    if Tq != Tk:
+        return empty(q, q.shape, dtype), empty(k, k.shape, dtype), empty(k, k.shape, dtype)
+    together = empty(q, (B, Tq, H + 2 * Hk, D), dtype)
+    return together[:, :, :H], together[:, :, H : H + Hk], together[:, :, H + Hk :]
 
 
 # ------------------------------------------------------------------ numba
@@ -194,9 +205,11 @@ def numba_forward(q, k, v, start, scale):
 
 
 @prange_jit
-def _backward(do, do_strides, q, q_strides, k, k_strides, v, v_strides, o, lse, start, scale, dq, dk, dv, Dp):
+def _backward(
+    do, do_strides, q, q_strides, k, k_strides, v, v_strides, o, lse, start, scale,
+    dq, dq_strides, dk, dk_strides, dv, dv_strides, Tk, Hk, Dp,
+):  # fmt: skip
     B, Tq, H, D = o.shape
-    Tk, Hk = dk.shape[1], dk.shape[2]
     shift = Tk - Tq
     key_tiles, one = -(-Tk // TILE), o.dtype.type(1)
 
@@ -245,22 +258,27 @@ def _backward(do, do_strides, q, q_strides, k, k_strides, v, v_strides, o, lse, 
                     matmul_add(dv_sum[j0 : j0 + TILE], p.T, dos, TILE, rows, Dp)
                     matmul_add(dk_sum[j0 : j0 + TILE], ds.T, qs, TILE, rows, Dp)  # qs carries the scale
                     matmul_add(dq_sum, ds, kp[j0 : j0 + TILE], m, TILE, Dp)
+                first = b * dq_strides[0] + i0 * dq_strides[1] + h * dq_strides[2]
                 for r in range(rows):
-                    to = dq[b, i0 + r, h]
+                    at = first + r * dq_strides[1]
+                    to = dq[at : at + D]
                     for d in range(D):
                         to[d] = scale * dq_sum[r, d]
+        k_first, v_first = b * dk_strides[0] + hk * dk_strides[2], b * dv_strides[0] + hk * dv_strides[2]
         for j in range(Tk):
-            to_k, to_v = dk[b, j, hk], dv[b, j, hk]
+            k_at, v_at = k_first + j * dk_strides[1], v_first + j * dv_strides[1]
+            to_k, to_v = dk[k_at : k_at + D], dv[v_at : v_at + D]
             for d in range(D):
                 to_k[d], to_v[d] = dk_sum[j, d], dv_sum[j, d]
 
 
 def numba_backward(do, q, k, v, o, lse, start, scale):
-    dq, dk, dv = empty(q, q.shape), empty(k, k.shape), empty(v, v.shape)
+    dq, dk, dv = _gradients(q, k)
     if dq.size:
-        Dp = _up(q.shape[3], LANES)
-        flat = (*strided(do), *strided(q), *strided(k), *strided(v))
-        _backward(*flat, *map(contiguous, (o, lse, start)), q.dtype.type(scale), dq, dk, dv, Dp)
+        Tk, Hk, D = k.shape[1:]
+        flat, kept = (*strided(do), *strided(q), *strided(k), *strided(v)), map(contiguous, (o, lse, start))
+        results = *strided(dq), *strided(dk), *strided(dv)
+        _backward(*flat, *kept, q.dtype.type(scale), *results, Tk, Hk, _up(D, LANES))
     else:  # keys that no query sees
         dk[...], dv[...] = 0, 0
     return dq, dk, dv
@@ -378,8 +396,8 @@ def cuda_backward(do, q, k, v, o, lse, start, scale, deterministic=True):
     ctype = cuda.C_TYPES[dtype.name]
     one_pass = not deterministic and ctype != "float"
     one_pass = one_pass and _chosen("one_pass", ctype, D)[-1] <= cuda.backend.shared_limit()
-    dk, dv = empty(k, k.shape, dtype), empty(v, v.shape, dtype)
-    dq = empty(q, q.shape, np.float32 if one_pass else dtype)
+    dq, dk, dv = _gradients(q, k, dtype)
+    steps = np.int64(dq.strides[1] // dq.itemsize), np.int64(dk.strides[1] // dk.itemsize)  # from token to token
     start, scales = cuda.contiguous(start, np.int32), (np.float32(scale), np.float32(scale * LOG2E))
     do = _view(do, dtype)
     views = (*do, *_view(q, dtype), *_view(k, dtype), *_view(v, dtype))
@@ -392,11 +410,13 @@ def cuda_backward(do, q, k, v, o, lse, start, scale, deterministic=True):
 
     sizes = tuple(map(np.int32, (Tq, Tp, Tk, H, Hk, D)))
     if one_pass:
-        dq[...] = 0
-        _launch("one_pass", B * Hk, Tk, (*views, lse2, delta, end, *scales, dq, dk, dv, *sizes))
+        sums = empty(q, q.shape, np.float32)
+        sums[...] = 0
+        _launch("one_pass", B * Hk, Tk, (*views, lse2, delta, end, *scales, sums, dk, dv, steps[1], *sizes))
+        dq[...] = sums
     else:
-        _launch("queries", B * H, Tq, (*views, lse2, delta, start, *scales, dq, *sizes))
-        _launch("keys", B * Hk, Tk, (*views, lse2, delta, end, *scales, None, dk, dv, *sizes))
+        _launch("queries", B * H, Tq, (*views, lse2, delta, start, *scales, dq, steps[0], *sizes))
+        _launch("keys", B * Hk, Tk, (*views, lse2, delta, end, *scales, None, dk, dv, steps[1], *sizes))
     return tuple(x.astype(like.dtype, copy=False) for x, like in ((dq, q), (dk, k), (dv, v)))
 
 
@@ -454,6 +474,7 @@ backward = Kernel(
     versions={
         "numba": numba_backward,
         "cuda": cuda_backward,
+        "cuda_atomics": lambda *arguments: cuda_backward(*arguments, deterministic=False),
         "numba_cuda": lambda *arguments: _numba_cuda().attention_backward(*arguments),
     },
     example=_backward_example,

@@ -33,8 +33,15 @@ def cuda():
     return _cupy().cuda
 
 
+_HOST = np.ndarray, np.generic, int, float
+
+
 def _on_host(x):
-    return isinstance(x, np.ndarray | np.generic | int | float)
+    if isinstance(x, _HOST):
+        return True
+    if not hasattr(type(x), "device"):  # as CuPy's arrays have
+        raise TypeError(f"an array has to be NumPy's or CuPy's, and this is a {type(x).__name__}")
+    return False
 
 
 # ------------------------------------------------------------------ where an array is
@@ -218,9 +225,31 @@ def concatenate(arrays, axis):
     return joined
 
 
+def joined(arrays, axis):
+    """As `concatenate`, but where the arrays are all the parts of one, in their order, that one, not a copy: for what
+    nobody changes in place."""
+    first, whole = arrays[0], arrays[0].base
+    axis %= first.ndim
+    shape = *first.shape[:axis], sum(x.shape[axis] for x in arrays), *first.shape[axis + 1 :]
+    if whole is None or whole.size != math.prod(shape) or not whole.flags.c_contiguous or whole.dtype != first.dtype:
+        return concatenate(arrays, axis)
+    whole, before, end = whole.reshape(shape), (slice(None),) * axis, 0
+    for x in arrays:
+        part = whole[(*before, slice(end, end + x.shape[axis]))]
+        if x.base is not first.base or (address(x), x.shape, x.strides) != (address(part), part.shape, part.strides):
+            return concatenate(arrays, axis)
+        end += x.shape[axis]
+    return whole
+
+
+def address(x):
+    """The address of an array's first element, in its device's memory."""
+    return x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
+
+
 def upcast(x):
     """`x` in the dtype that reductions run in: float32 for 16-bit floats, unchanged for float32 and float64."""
-    return x.astype(np.float32) if x.dtype.itemsize < 4 else x
+    return x.astype(np.float32) if x.dtype.itemsize < 4 and x.dtype.kind in "fV" else x  # V: bfloat16
 
 
 def erfc(x):

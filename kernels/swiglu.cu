@@ -3,7 +3,8 @@
 // Rungs (predicted for an H200: a copy moves 4.3 TB/s; nothing here has been measured yet)
 //   1. One pass with s made again in the backward: per bf16 element of SwiGLU 6 bytes forward, 10 backward. 32,768 rows
 //      of 2048: 0.094 and 0.156 ms; predicted at least 85 percent of that.
-//   2. gate and up are read where they lie, halves of a fused projection: copies of them would cost 8 bytes more.
+//   2. gate and up are read where they lie, halves of a fused projection, and their gradients are written so: copies
+//      would cost 8 bytes more each way.
 //   3. 16-byte accesses, 4 to 6 of them on their way per thread. A block has as many rows as make about 4 accesses per
 //      thread, so that rows of 1408 do not leave a third of it idle.
 //   4. s by the fast exponential and division: two special instructions per element, a third of what there is time for.
@@ -73,6 +74,7 @@ forward(const T* gate, long long gate_stride, const T* up, long long up_stride, 
         });
 }
 
+// dgate and dup are the halves of rows of 2 F.
 template <typename T, int N>
 __global__ void __launch_bounds__(THREADS, 4)
 backward(const T* dy, long long dy_stride, const T* gate, long long gate_stride, const T* up, long long up_stride,
@@ -92,7 +94,7 @@ backward(const T* dy, long long dy_stride, const T* gate, long long gate_stride,
                 gates[u].v[k] = from_float<T>(gs * to_float(ups[u].v[k]) * (1 + a * (1 - s)));
                 ups[u].v[k] = from_float<T>(gs * a);
             }
-            store_pack(dgate + i * F + f, gates[u]);
-            store_pack(dup + i * F + f, ups[u]);
+            store_pack(dgate + i * 2 * F + f, gates[u]);
+            store_pack(dup + i * 2 * F + f, ups[u]);
         });
 }

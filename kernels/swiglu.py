@@ -8,6 +8,7 @@ Contract
 Derivation
     s' = s (1 - s)        silu' = s + x s (1 - s) = s (1 + x (1 - s))
     dgate = dy up silu'(gate)        dup = dy silu(gate)        (s is made again: cheaper than keeping it)
+    The two lie side by side, as gate and up do in a fused projection, whose gradient then needs no copy.
 
 Rungs
     reference   the definition, with e^-|x| so that nothing overflows
@@ -93,11 +94,11 @@ def _forward(gate, gate_stride, up, up_stride, y):
 
 
 @prange_jit
-def _backward(dy, dy_stride, gate, gate_stride, up, up_stride, dgate, dup):
-    N, F = dgate.shape
-    one = dgate.dtype.type(1)
+def _backward(dy, dy_stride, gate, gate_stride, up, up_stride, both, N, F):
+    one = both.dtype.type(1)
     for i in prange(N):
-        g, to_gate, to_up = dy[i * dy_stride : i * dy_stride + F], dgate[i], dup[i]
+        g, first = dy[i * dy_stride : i * dy_stride + F], i * 2 * F
+        to_gate, to_up = both[first : first + F], both[first + F : first + 2 * F]
         a, b = gate[i * gate_stride : i * gate_stride + F], up[i * up_stride : i * up_stride + F]
         for f in range(F):
             s = _s(a[f])
@@ -106,16 +107,29 @@ def _backward(dy, dy_stride, gate, gate_stride, up, up_stride, dgate, dup):
             to_up[f] = gs * a[f]
 
 
+def _as_rows(x):
+    """x as (rows, last axis), one number as one row. It is copied only where it has no such view."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1] if x.ndim else 1)
+
+
 def _rows(x):
-    """(memory, row stride) of x seen as (rows, last axis). A reshape copies only what has no such view."""
-    memory, (stride,) = strided(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
+    """(memory, row stride) of x seen as (rows, last axis)."""
+    memory, (stride,) = strided(_as_rows(x))
     return memory, stride
 
 
 def _new(x):
     """An output like x, and the same memory as (rows, last axis)."""
     y = empty(x, x.shape)
-    return y, y.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return y, _as_rows(y)
+
+
+def _new_pair(x):
+    """Two outputs like x, side by side in an array (rows, 2 F), and that array."""
+    rows = _as_rows(x)
+    N, F = rows.shape
+    both = empty(x, (N, 2 * F))
+    return both[:, :F].reshape(x.shape), both[:, F:].reshape(x.shape), both
 
 
 def numba_silu_forward(x):
@@ -137,8 +151,8 @@ def numba_forward(gate, up):
 
 
 def numba_backward(dy, gate, up):
-    (dgate, gate_rows), (dup, up_rows) = _new(gate), _new(up)
-    _backward(*_rows(dy), *_rows(gate), *_rows(up), gate_rows, up_rows)
+    dgate, dup, both = _new_pair(gate)
+    _backward(*_rows(dy), *_rows(gate), *_rows(up), both.reshape(-1), len(both), both.shape[1] // 2)
     return dgate, dup
 
 
@@ -159,16 +173,15 @@ _SOURCE = cuda.Source(
 
 def _cuda_rows(x, dtype):
     """x as (rows, last axis) in this dtype; a view, if the last axis is contiguous and the others are one stride."""
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = _as_rows(x)
     inside = rows.dtype == dtype and (rows.shape[1] <= 1 or rows.strides[1] == rows.itemsize)
     return rows if inside else cuda.contiguous(rows, dtype)
 
 
-def _launch(kernel, inputs, outputs):
-    """inputs in any layout, outputs as `_new` makes them: (array, its rows)."""
-    rows = outputs[0][1]
+def _launch(kernel, inputs, *outputs):
+    """inputs in any layout, outputs as (rows, last axis)."""
+    rows = outputs[0]
     inputs = [_cuda_rows(x, rows.dtype) for x in inputs]
-    outputs = [rows for _, rows in outputs]
     (N, F), n = rows.shape, 16 // rows.itemsize if cuda.wide(*inputs, *outputs) else 1
     per_block = max(1, _ACCESSES * n // max(F, 1))
     strided = [a for x in inputs for a in (x, np.int64(x.strides[0] // x.itemsize))]
@@ -178,27 +191,28 @@ def _launch(kernel, inputs, outputs):
 
 
 def cuda_silu_forward(x):
-    y = _new(x)
-    _launch("silu_forward", [x], [y])
-    return y[0]
+    y, rows = _new(x)
+    _launch("silu_forward", [x], rows)
+    return y
 
 
 def cuda_silu_backward(dy, x):
-    dx = _new(x)
-    _launch("silu_backward", [dy, x], [dx])
-    return dx[0]
+    dx, rows = _new(x)
+    _launch("silu_backward", [dy, x], rows)
+    return dx
 
 
 def cuda_forward(gate, up):
-    y = _new(gate)
-    _launch("forward", [gate, up], [y])
-    return y[0]
+    y, rows = _new(gate)
+    _launch("forward", [gate, up], rows)
+    return y
 
 
 def cuda_backward(dy, gate, up):
-    dgate, dup = _new(gate), _new(up)
-    _launch("backward", [dy, gate, up], [dgate, dup])
-    return dgate[0], dup[0]
+    dgate, dup, both = _new_pair(gate)
+    F = both.shape[1] // 2
+    _launch("backward", [dy, gate, up], both[:, :F], both[:, F:])
+    return dgate, dup
 
 
 # ------------------------------------------------------------------ table

@@ -30,7 +30,7 @@ import itertools
 
 import numpy as np
 
-from minillm.kernels.device import beside, check_ids, concatenate, upcast, xp_of
+from minillm.kernels.device import beside, check_ids, concatenate, joined, upcast, xp_of
 
 _clock = itertools.count()  # a node is born after its parents, so birth order is a topological order
 
@@ -241,7 +241,7 @@ def op(function):
             if name not in constants and name not in optional:
                 raise TypeError(f"{function.__name__} needs its input {name!r}")
             inputs = (*inputs, constants.pop(name, None))
-        inputs = _as_tensors(inputs)
+        inputs = _as_tensors(function.__name__, inputs)
         needs = [x is not None and x.requires_grad for x in inputs]
         mode = _recording.get()
         if mode == "inputs only" and any(needs):
@@ -269,8 +269,12 @@ def op(function):
     return lifted
 
 
-def _as_tensors(inputs):
-    """Arrays become Tensors, Python numbers take the dtype of the first Tensor or array, None stays (no such input)."""
+def _as_tensors(name, inputs):
+    """Arrays become Tensors, Python numbers take the dtype of the first Tensor or array, None stays (no such input).
+    TypeError: anything else, because of a list nobody knows whether it is of ids or of numbers of that dtype."""
+    for i, x in enumerate(inputs):
+        if x is not None and not hasattr(x, "dtype") and not isinstance(x, int | float):
+            raise TypeError(f"{name}: input {i} is a {type(x).__name__}; give an array, as np.array(...)")
     first = next((x for x in inputs if hasattr(x, "dtype")), None)
     dtype, xp = getattr(first, "dtype", None), np
     if first is not None:
@@ -376,11 +380,21 @@ def _arrays_in(thing, seen=None):
 
 def unbroadcast(g, shape):
     """The adjoint of broadcasting is summing: reduce g back to `shape`."""
+    if g.shape == shape:
+        return g
+    wide = upcast(g)
+    if wide is not g:
+        return unbroadcast(wide, shape).astype(g.dtype)
     if g.ndim > len(shape):
         g = g.sum(tuple(range(g.ndim - len(shape))))
     if g.shape == shape:
         return g
     return g.sum(tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1), keepdims=True)
+
+
+def _passed(g, mask):
+    """g where the mask holds, else 0: a product would make NaN of an infinite g that does not pass."""
+    return xp_of(g).where(mask, g, g.dtype.type(0))
 
 
 # ------------------------------------------------------------------ arithmetic
@@ -533,7 +547,7 @@ def relu(x):
     Example: relu(spread(A, B))
     """
     passes = x > 0
-    return x * passes, (lambda g: g * passes,)
+    return xp_of(x).maximum(x, 0), (lambda g: _passed(g, passes),)
 
 
 @op
@@ -545,7 +559,10 @@ def maximum(x, y):
     Example: maximum(spread(A, 1, B), spread(C, B))
     """
     first, xs, ys = x >= y, x.shape, y.shape
-    return xp_of(x).maximum(x, y), (lambda g: unbroadcast(g * first, xs), lambda g: unbroadcast(g * ~first, ys))
+    return xp_of(x).maximum(x, y), (
+        lambda g: unbroadcast(_passed(g, first), xs),
+        lambda g: unbroadcast(_passed(g, ~first), ys),
+    )
 
 
 @op
@@ -557,7 +574,10 @@ def minimum(x, y):
     Example: minimum(spread(A, 1, B), spread(C, B))
     """
     first, xs, ys = x <= y, x.shape, y.shape
-    return xp_of(x).minimum(x, y), (lambda g: unbroadcast(g * first, xs), lambda g: unbroadcast(g * ~first, ys))
+    return xp_of(x).minimum(x, y), (
+        lambda g: unbroadcast(_passed(g, first), xs),
+        lambda g: unbroadcast(_passed(g, ~first), ys),
+    )
 
 
 @op
@@ -574,7 +594,7 @@ def clip(x, *, low=None, high=None):
         inside &= x >= low
     if high is not None:
         inside &= x <= high
-    return x if low is None and high is None else xp.clip(x, low, high), (lambda g: g * inside,)
+    return x if low is None and high is None else xp.clip(x, low, high), (lambda g: _passed(g, inside),)
 
 
 @op
@@ -623,6 +643,13 @@ def _expand(g, shape, axis, keepdims):
     return g.reshape(tuple(1 if i in axes else n for i, n in enumerate(shape)))
 
 
+def _reduced(name, x, axis, keepdims):
+    """x.sum(axis) or x.mean(axis), added up in upcast(x), as an array of x's dtype (NumPy's, for whole numbers)."""
+    wide = upcast(x)
+    y = getattr(wide, name)(axis, keepdims=keepdims)
+    return xp_of(x).asarray(y if wide is x else y.astype(x.dtype))
+
+
 @op
 def sum(x, *, axis=None, keepdims=False):
     """y = sum of x over `axis` (all axes if None).
@@ -632,9 +659,7 @@ def sum(x, *, axis=None, keepdims=False):
     Example: sum(randn(A, B, C), axis=(0, -1))
     """
     xp, shape = xp_of(x), x.shape
-    return xp.asarray(x.sum(axis, keepdims=keepdims)), (
-        lambda g: xp.broadcast_to(_expand(g, shape, axis, keepdims), shape),
-    )
+    return _reduced("sum", x, axis, keepdims), (lambda g: xp.broadcast_to(_expand(g, shape, axis, keepdims), shape),)
 
 
 @op
@@ -646,7 +671,7 @@ def mean(x, *, axis=None, keepdims=False):
     Example: mean(randn(A, P, Q), axis=-1)
     """
     xp, shape = xp_of(x), x.shape
-    y = xp.asarray(x.mean(axis, keepdims=keepdims))
+    y = _reduced("mean", x, axis, keepdims)
     n = builtins.max(x.size, 1) / builtins.max(y.size, 1)
     return y, (lambda g: xp.broadcast_to(_expand(g / n, shape, axis, keepdims), shape),)
 
@@ -666,6 +691,7 @@ def max(x, *, axis=None, keepdims=False):
         y = y.reshape(x.max(axis).shape)
 
     def back(g):
+        g = upcast(g)  # 16 bits can not count the elements that tie
         return _expand(g, shape, axis, keepdims) * (chosen / chosen.sum(axis, keepdims=True, dtype=g.dtype))
 
     return xp.asarray(y), (back,)
@@ -680,7 +706,7 @@ def logsumexp(x, *, axis=-1, keepdims=False):
     Example: logsumexp(randn(A, P, B), axis=1)
     """
     xp = xp_of(x)
-    m = x.max(axis, keepdims=True)
+    m = upcast(x.max(axis, keepdims=True))
     m = xp.where(xp.isfinite(m), m, x.dtype.type(0))
     total = xp.exp(x - m).sum(axis, keepdims=True)
     log_total = xp.log(xp.where(total == 0, 1, total))
@@ -777,8 +803,9 @@ def gather(x, *, ids, axis=-1):
     def back(g):
         g = upcast(g)
         dx = xp.zeros(shape, g.dtype)
-        # ids' own position on every axis but the one it indexes
-        at = list(xp.meshgrid(*(xp.arange(n) for n in ids.shape), indexing="ij", sparse=True))
+        # g's own position on every axis but the one that ids index, and 0 where x was broadcast
+        places = (xp.arange(n) if n == m else xp.zeros(n, int) for n, m in zip(g.shape, shape, strict=True))
+        at = list(xp.meshgrid(*places, indexing="ij", sparse=True))
         at[axis] = ids
         xp.add.at(dx, tuple(at), g)
         return dx
@@ -807,14 +834,15 @@ def concat(*inputs, axis=-1):
 def split(x, *, sizes, axis=-1):
     """y_1, y_2, ... = x cut along an axis into pieces of these sizes (views, not copies).
 
-    dx = the g's one after another (zeros for a piece that was not used).
+    dx = the g's one after another (zeros for a piece that was not used); no copy where they lie so already, as those of
+    q|k|v from attention do and those of gate|up from swiglu.
     Keeps nothing.
     Example: split(randn(A, 3, B), sizes=(1, 2), axis=1)
     """
     if builtins.sum(sizes) != x.shape[axis]:
         raise ValueError(f"split sizes {tuple(sizes)} do not add up to axis {axis} of shape {x.shape}")
     xp, cuts = xp_of(x), np.cumsum(sizes).tolist()[:-1]
-    return tuple(xp.split(x, cuts, axis)), lambda *g: (concatenate(g, axis),)
+    return tuple(xp.split(x, cuts, axis)), lambda *g: (joined(g, axis),)
 
 
 # ------------------------------------------------------------------ operators

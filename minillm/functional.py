@@ -6,6 +6,8 @@ Every op takes Tensors or arrays and keeps what its way back names; see the head
 """
 
 import math
+import numbers
+import operator
 
 import numpy as np
 
@@ -104,6 +106,13 @@ def layer_norm(x, weight, bias, *, eps=1e-5):
 # ------------------------------------------------------------------ activations
 
 
+def _check_dtypes(name, **arrays):
+    """TypeError unless all have one dtype: a kernel is compiled for one."""
+    if len({x.dtype for x in arrays.values()}) > 1:
+        told = ", ".join(f"{which} is {x.dtype}" for which, x in arrays.items())
+        raise TypeError(f"{name}: the inputs must have one dtype, and {told}")
+
+
 @op
 def silu(x):
     """y = x s(x), s the logistic function (Elfwing et al. 2017).
@@ -125,6 +134,7 @@ def swiglu(gate, up):
     """
     if gate.shape != up.shape:
         raise ValueError(f"swiglu: gate {gate.shape} and up {up.shape} must have one shape")
+    _check_dtypes("swiglu", gate=gate, up=up)
     return swiglu_kernels.forward(gate, up), lambda g: swiglu_kernels.backward(g, gate, up)
 
 
@@ -152,7 +162,12 @@ def softmax(x, *, axis=-1):
     e = xp.exp(wide - xp.where(xp.isneginf(m), 0, m))
     total = e.sum(axis, keepdims=True)
     y = (e / xp.where(total == 0, 1, total)).astype(x.dtype)
-    return y, (lambda g: y * (g - (g * y).sum(axis, keepdims=True)),)
+
+    def back(g):
+        g = upcast(g)
+        return (y * (g - (g * y).sum(axis, keepdims=True))).astype(y.dtype, copy=False)
+
+    return y, (back,)
 
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -183,13 +198,47 @@ def dropout(x, *, p, seed):
 
     def apply(a):
         xp = xp_of(a)
-        keep = _uniform24(seed, a.shape, xp) >= round(p * (1 << 24))
+        keep = _uniform24(operator.index(seed), a.shape, xp) >= round(p * (1 << 24))
         return xp.where(keep, a * a.dtype.type(1 / (1 - p)), a.dtype.type(0))
 
     return apply(x), (apply,)
 
 
 # ------------------------------------------------------------------ attention
+
+_SCALINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def is_positive(value):
+    """Whether it is a finite number above 0."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _checked_scaling(scaling):
+    """rope_table's `scaling` as {"rope_type": kind, ...}. ValueError: there is no such kind, or a number of it is
+    missing or impossible."""
+    if not isinstance(scaling, dict | None):
+        raise ValueError(f"rope scaling must be a dict or None, not {scaling!r}")
+    scaling = scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in tuple(_SCALINGS):
+        raise ValueError(f"rope type {kind!r} is not supported; there are 'default', 'linear' and 'llama3'")
+    for name in _SCALINGS[kind]:
+        if name not in scaling:
+            raise ValueError(f"rope type {kind!r} needs {name!r}")
+        if not is_positive(scaling[name]):
+            raise ValueError(f"rope type {kind!r}: {name} = {scaling[name]!r} must be a positive number")
+    if kind == "llama3":
+        low, high, before = (scaling[name] for name in _SCALINGS[kind][1:])
+        if low >= high:
+            raise ValueError(f"rope type 'llama3': low_freq_factor {low} must be below high_freq_factor {high}")
+        if before < 1:
+            raise ValueError(f"rope type 'llama3': original_max_position_embeddings = {before} must be at least 1")
+    return scaling | {"rope_type": kind}
 
 
 def rope_table(length, head_size, *, theta=10000.0, scaling=None, dtype=np.float32):
@@ -200,12 +249,13 @@ def rope_table(length, head_size, *, theta=10000.0, scaling=None, dtype=np.float
              {"rope_type": "llama3", "factor", "low_freq_factor", "high_freq_factor",
              "original_max_position_embeddings"} divides the long wavelengths by the factor, keeps the short ones, and
              blends in between (Llama 3.1)
+    ValueError: an odd head size, another kind of scaling, or numbers that make none.
     """
     if head_size % 2:
         raise ValueError(f"rope needs an even head size, and got {head_size}")
     frequency = theta ** (-np.arange(0, head_size, 2, dtype=np.float64) / head_size)
-    scaling = dict(scaling or {})
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    scaling = _checked_scaling(scaling)
+    kind = scaling["rope_type"]
     if kind == "linear":
         frequency /= scaling["factor"]
     elif kind == "llama3":
@@ -213,27 +263,27 @@ def rope_table(length, head_size, *, theta=10000.0, scaling=None, dtype=np.float
         turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)  # within the old context
         keep = np.clip((turns - low) / (high - low), 0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
-    elif kind != "default":
-        raise ValueError(f"rope type {kind!r} is not supported; there are 'default', 'linear' and 'llama3'")
     angle = np.outer(np.arange(length, dtype=np.float64), frequency)
     return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
 
 
 @op
-def rope(x, *, cos, sin, offset=0):
+def rope(x, *, cos, sin, offset=0, heads=None):
     """Turn the pairs (x_d, x_(d + D/2)) of token t by the angles of row offset + t: x (B, T, H, D), cos and sin from
     rope_table (Su et al. 2021, eq. 34, in the half-split pairing of Hugging Face checkpoints).
 
+    heads  the first so many heads are turned and the others copied (all if None): q and k of a fused q|k|v
     dx = g turned back by the same angles: a rotation's transpose is its inverse (kernels/rope.py).
     Keeps cos and sin (views of the tables).
-    Example: rope(randn(B, T, H, 2 * D), cos=randn(T + 2, D), sin=randn(T + 2, D), offset=2)
+    Example: rope(randn(B, T, H + 1, 2 * D), cos=randn(T + 2, D), sin=randn(T + 2, D), offset=2, heads=1)
     """
     if x.shape[-1] != 2 * cos.shape[1]:
         raise ValueError(f"rope: head size {x.shape[-1]} does not go with a table of width {cos.shape[1]}")
     if offset + x.shape[1] > len(cos):
         raise ValueError(f"rope: positions up to {offset + x.shape[1]} need a longer table than {len(cos)} rows")
     cos, sin = cos[offset : offset + x.shape[1]], sin[offset : offset + x.shape[1]]
-    return rope_kernels.rotate(x, cos, sin), (lambda g: rope_kernels.rotate(g, cos, -sin),)
+    heads = x.shape[2] if heads is None else heads
+    return rope_kernels.rotate(x, cos, sin, heads, 1), (lambda g: rope_kernels.rotate(g, cos, sin, heads, -1),)
 
 
 @op
@@ -254,6 +304,7 @@ def attention(q, k, v, *, start=None, scale=None):
         raise ValueError(f"attention: q {q.shape} does not go with k {k.shape} and v {v.shape}")
     if Tq > Tk:
         raise ValueError(f"attention: {Tq} queries but only {Tk} keys; the last query stands at the last key")
+    _check_dtypes("attention", q=q, k=k, v=v)
     start = checked_start(start, B, Tq, q)
     scale = 1 / math.sqrt(D) if scale is None else scale
     o, lse = attention_kernels.forward(q, k, v, start, scale)
@@ -261,17 +312,26 @@ def attention(q, k, v, *, start=None, scale=None):
 
 
 def checked_start(start, B, Tq, like):
-    """attention's `start`, (B, Tq) int32 where `like` is; one that came from there already is not looked at."""
+    """attention's `start`, (B, Tq) int32 where `like` is. The numbers of one that is on a GPU are not looked at."""
     xp = xp_of(like)
     if start is None:
         return xp.zeros((B, Tq), np.int32)
     if start.shape != (B, Tq):
         raise ValueError(f"attention: start has shape {start.shape}, the queries ({B}, {Tq})")
+    if start.dtype.kind not in "iu":
+        raise TypeError(f"attention: start must be whole numbers, and is {start.dtype}")
     if isinstance(start, np.ndarray) and start.size:  # on a GPU this would stall
-        falls = np.argwhere(np.diff(start, axis=1) < 0)
-        if start.min() < 0 or len(falls):
-            row = falls[0][0] if len(falls) else np.argmax(start.min(1) < 0)
-            raise ValueError(f"attention: start must be >= 0 and never decrease, and row {row} is {start[row]}")
+        falls, why = start[:, 1:] < start[:, :-1], None  # a difference of unsigned numbers would not be negative
+        if falls.any():
+            row, i = np.argwhere(falls)[0]
+            why = f"row {row} falls from {start[row, i]} to {start[row, i + 1]} at query {i + 1}"
+        elif start[:, 0].min() < 0:
+            row = np.argmin(start[:, 0])
+            why = f"row {row} begins at {start[row, 0]}"
+        if why:
+            raise ValueError(f"attention: start must be >= 0 and never decrease, and {why}")
+    if not np.can_cast(start.dtype, np.int32):  # no key stands where this ends: beyond it, nothing is seen either way
+        start = xp_of(start).minimum(start, np.iinfo(np.int32).max)
     return xp.ascontiguousarray(beside(start, like), dtype=np.int32)
 
 
@@ -367,9 +427,13 @@ def _logprob_coefficients(g, g_H, H, log_total):
 
 def _row_chunks(hidden, V, rows_per_chunk):
     """Slices of rows whose logits fill about 16 MB, a processor's cache, at least 128 rows; on a GPU, which needs more
-    rows to be busy, 1 GB and at least 4096. Smaller products run slower."""
-    least, memory = (128, 16 << 20) if xp_of(hidden) is np else (4096, 1 << 30)
+    rows to be busy, at most 1 GB or 4096 rows, and equally many in each: dweight is read and written for every slice.
+    """
+    on_host = device_of(hidden) == "cpu"
+    least, memory = (128, 16 << 20) if on_host else (4096, 1 << 30)
     size, N = rows_per_chunk or max(least, memory // (V * hidden.itemsize)), len(hidden)
+    if not on_host and not rows_per_chunk and size < N:
+        size = min(size, -(-N // (-(-N // size) * ROWS)) * ROWS)
     return [slice(i, min(i + size, N)) for i in range(0, N, size)]
 
 

@@ -60,18 +60,19 @@ class Config:
     activation_checkpointing: bool = False  # keep only each block's input, and run it again on the way back
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            whole = field.type is int or (field.type == int | None and value is not None)
+            if whole and (not _is_int(value) or value < 1):
+                self._refuse(field.name, "must be a positive whole number")
         fill = self._fill
         fill("num_key_value_heads", self.num_attention_heads)
-        if self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             self._refuse("num_attention_heads", f"must divide hidden_size {self.hidden_size}")
-        fill("head_dim", self.hidden_size // max(self.num_attention_heads, 1))
+        fill("head_dim", self.hidden_size // self.num_attention_heads)
         if self.architecture == "gpt2":
             fill("intermediate_size", 4 * self.hidden_size)
         fill("intermediate_size", -(-8 * self.hidden_size // 96) * 32)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, int | None) and value is not None and (not _is_int(value) or value < 1):
-                self._refuse(field.name, "must be a positive whole number")
         choices = {"architecture": ("llama", "gpt2"), "head": ("lm", "scalar"), "pooling": ("last", "mean")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -81,15 +82,23 @@ class Config:
         if self.architecture == "llama" and self.head_dim % 2:
             self._refuse("head_dim", "must be even: RoPE turns pairs")
         for name in ("norm_eps", "rope_theta", "initializer_range"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                self._refuse(name, "must be positive")
+            if not F.is_positive(getattr(self, name)):
+                self._refuse(name, "must be a positive number")
+        layers = self.window_layers
+        if layers is not None:
+            known = isinstance(layers, tuple | list) and all(_is_int(i) and i >= 0 for i in layers)
+            if not known or max(layers, default=0) >= self.num_hidden_layers:
+                self._refuse("window_layers", f"must be some of the layers 0 to {self.num_hidden_layers - 1}")
         if self.architecture == "gpt2":
             for name in ("attention_bias", "qk_norm", "sliding_window", "rope_scaling"):
                 if getattr(self, name):
                     self._refuse(name, "is not for gpt2")
             if self.num_key_value_heads != self.num_attention_heads:
                 self._refuse("num_key_value_heads", "must equal num_attention_heads for gpt2")
-        F.rope_table(1, self.head_dim + self.head_dim % 2, scaling=self.rope_scaling)  # an unknown type is an error now
+            if self.head_dim * self.num_attention_heads != self.hidden_size:
+                told = f"{self.num_attention_heads} heads must make hidden_size {self.hidden_size} for gpt2"
+                self._refuse("head_dim", f"times {told}")
+        F.rope_table(1, self.head_dim + self.head_dim % 2, scaling=self.rope_scaling)  # a wrong scaling is an error now
 
     def _fill(self, name, value):
         if getattr(self, name) is None:
@@ -127,9 +136,13 @@ class Cache:
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
     def keep(self, rows):
-        """Drop all rows but these (an index array)."""
-        rows = beside(rows, self.keys)
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        """Drop all rows but these (an index array on the host, rising). Those behind a gap move up."""
+        moved = rows != np.arange(len(rows))
+        first = int(moved.argmax()) if moved.any() else len(rows)
+        rows, places = beside(rows[first:], self.keys), slice(first, len(rows))
+        for x in (self.keys, self.values):
+            x[:, places, : self.length] = x[:, rows, : self.length]
+        self.keys, self.values = self.keys[:, : places.stop], self.values[:, : places.stop]
 
 
 # ------------------------------------------------------------------ parameters
@@ -288,8 +301,7 @@ class Model:
         """
         before = 0 if cache is None else cache.length
         (B, T), layers = tokens.shape, range(self.config.num_hidden_layers)
-        if start is None:
-            start = np.zeros((B, T), np.int32)
+        start = np.zeros((B, T), np.int32) if start is None else F.checked_start(start, B, T, start)
         context = self.config.max_position_embeddings
         longest = (
             int((np.arange(before, before + T) - start).max(initial=-1)) + 1
@@ -443,17 +455,19 @@ class Llama(Model):
 
     def _block(self, x, w, layer, start, before, cache):
         c, (B, T, _) = self.config, x.shape
-        queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
         h = F.rms_norm(x, w["input_layernorm.weight"], eps=c.norm_eps)
-        h = self._linear(h, w, layer, "self_attn.qkv")
-        q, k, v = (p.reshape(B, T, -1, c.head_dim) for p in split(h, sizes=(queries, keys, keys)))
+        heads = c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads
+        h = self._linear(h, w, layer, "self_attn.qkv").reshape(B, T, sum(heads), c.head_dim)
+        angles = {"cos": self.cos, "sin": self.sin, "offset": before}
         if c.qk_norm:
-            q = F.rms_norm(q, w["self_attn.q_norm.weight"], eps=c.norm_eps)
-            k = F.rms_norm(k, w["self_attn.k_norm.weight"], eps=c.norm_eps)
-        q, k = (F.rope(p, cos=self.cos, sin=self.sin, offset=before) for p in (q, k))
+            q, k, v = split(h, sizes=heads, axis=2)
+            q = F.rope(F.rms_norm(q, w["self_attn.q_norm.weight"], eps=c.norm_eps), **angles)
+            k = F.rope(F.rms_norm(k, w["self_attn.k_norm.weight"], eps=c.norm_eps), **angles)
+        else:
+            q, k, v = split(F.rope(h, **angles, heads=heads[0] + heads[1]), sizes=heads, axis=2)
         mixed = _attend(q, k, v, layer, start, cache)
-        x = add(x, self._linear(mixed.reshape(B, T, queries), w, layer, "self_attn.o_proj"))
+        x = add(x, self._linear(mixed.reshape(B, T, heads[0] * c.head_dim), w, layer, "self_attn.o_proj"))
 
         h = F.rms_norm(x, w["post_attention_layernorm.weight"], eps=c.norm_eps)
         gate, up = split(self._linear(h, w, layer, "mlp.gate_up"), sizes=(c.intermediate_size, c.intermediate_size))

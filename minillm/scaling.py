@@ -2,12 +2,12 @@
 What a Config costs: parameters, floating-point operations per token, and memory.
 
 The counts follow the model's matrices one by one; a product of an (n, k) matrix with a vector is 2 n k operations, and
-the way back costs twice the way there (Kaplan et al. 2020, appendix B).
+the way back costs twice the way there (Kaplan et al. 2020, section 2.1 with table 1).
 """
 
 import math
 
-from minillm.model import GPT2, Llama
+from minillm.model import ARCHITECTURES
 
 
 def parameter_count(config):
@@ -15,7 +15,7 @@ def parameter_count(config):
 
     A tied head has none of its own. "without_embedding" is Kaplan's N: neither embeddings nor positions nor the head.
     """
-    shapes = {"llama": Llama, "gpt2": GPT2}[config.architecture].shapes(config)
+    shapes = ARCHITECTURES[config.architecture].shapes(config)
     count = {"embedding": 0, "blocks": 0, "head": 0}
     for name, shape in shapes.items():
         kind = "embedding" if any(part in name for part in ("embed", "wte", "wpe")) else "blocks"
@@ -56,15 +56,16 @@ def memory_bytes(config, rows, context, *, itemsize=4, vocab_chunk_bytes=16 << 2
 
     rows x context tokens a step. "activations" is what the graph keeps until the way back (see autograd.saved_report),
     with float32 weights, gradients and moments, activations of `itemsize` bytes, and a fused head whose logits never
-    exist in whole.
+    exist in whole but whose gradients do. With activation checkpointing it is the peak on the way back: each block's
+    input, and what one block keeps while it is run again.
     """
     c, tokens = config, rows * context
     total = parameter_count(config)["total"]
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     if c.architecture == "llama":
-        # norm 1's input and output, q|k|v before and q, k after RoPE, attention's output, norm 2's input and output,
-        # gate|up, their product
-        per_token = 4 * c.hidden_size + (q + 2 * kv) + (q + kv) + q + 3 * c.intermediate_size
+        # norm 1's input and output, q|k|v (with qk_norm, q and k before and after), attention's output, norm 2's input
+        # and output, gate|up, their product
+        per_token = 4 * c.hidden_size + (q + 2 * kv) + (q + kv) * c.qk_norm + q + 3 * c.intermediate_size
     else:
         per_token = 4 * c.hidden_size + 3 * q + q + 2 * c.intermediate_size
     if c.activation_checkpointing:
@@ -72,5 +73,6 @@ def memory_bytes(config, rows, context, *, itemsize=4, vocab_chunk_bytes=16 << 2
     else:
         activations = c.num_hidden_layers * per_token * tokens
     activations = (activations + 2 * c.hidden_size * tokens) * itemsize + vocab_chunk_bytes
+    activations += 4 * c.vocab_size * c.hidden_size if c.head == "lm" else 0  # dweight (linear_cross_entropy)
     kinds = {"weights": 4 * total, "gradients": 4 * total, "optimizer": 8 * total, "activations": activations}
     return {**kinds, "total": sum(kinds.values())}

@@ -216,11 +216,27 @@ def test_errors_name_the_shapes():
             F.attention(*arguments)
     for start, message in (
         (np.zeros((1, 4), np.int32), r"start has shape \(1, 4\), the queries \(1, 3\)"),
-        (np.array([[0, 2, 1]]), r"never decrease, and row 0 is \[0 2 1\]"),
-        (np.array([[-1, 0, 0]]), r"must be >= 0"),
+        (np.array([[0, 2, 1]]), "never decrease, and row 0 falls from 2 to 1 at query 2$"),
+        (np.array([[-1, 0, 0]]), "must be >= 0 and never decrease, and row 0 begins at -1$"),
+        (np.array([[3, 2, 2]], np.uint8), "row 0 falls from 3 to 2 at query 1$"),
+        (np.array([[0, 2**63, 1]], np.uint64), f"row 0 falls from {2**63} to 1 at query 2$"),
     ):
         with pytest.raises(ValueError, match=message):
             F.attention(q, k, v, start=start)
+    for dtype in (float, bool, np.float32):
+        with pytest.raises(TypeError, match=f"^attention: start must be whole numbers, and is {np.dtype(dtype)}$"):
+            F.attention(q, k, v, start=np.zeros((1, 3), dtype))
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i2", ">i4", "u4", "i8", "u8"])
+def test_any_whole_numbers_are_a_start_and_those_beyond_the_keys_see_nothing(dtype):
+    q, k, v = draw(np.random.default_rng(12), 1, 3, 5, 2, 2, 4)
+    last = int(np.iinfo(dtype).max)  # would be another number in 32 bits
+    start = np.array([[0, 2, last]], dtype)
+    plain = np.array([[0, 2, 5]], np.int32)
+    for ours, expected in zip(results(q, k, v, start), results(q, k, v, plain), strict=True):
+        assert np.array_equal(ours, expected)
+    assert F.checked_start(start, 1, 3, q).dtype == np.int32
 
 
 def test_no_queries_and_no_batch():

@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -112,6 +113,14 @@ def test_repeated_indices_add_up():
     assert np.array_equal(y.grad, [[0, 0, 2], [1, 1, 0]])
 
 
+@pytest.mark.parametrize("shape, ids", [((2, 3), (1, 4)), ((1, 3), (2, 4)), ((2, 1, 3), (1, 5, 4))])
+def test_gather_broadcasts_as_numpys_take_along_axis(shape, ids):
+    draw = np.random.default_rng(2)
+    x, ids = draw.standard_normal(shape), draw.integers(0, 3, ids)
+    assert np.array_equal(ag.gather(x, ids=ids).data, np.take_along_axis(x, ids, -1))
+    gradcheck(lambda x: ag.gather(x, ids=ids), x, rng=draw)
+
+
 def test_boolean_masks_and_ellipses_index_too():
     x = rng.standard_normal((3, 4))
     mask = x > 0
@@ -166,6 +175,32 @@ def test_mixed_dtypes_send_each_leaf_its_own():
     assert y.grad.dtype == np.float64
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_sixteen_bits_add_up_in_32(dtype):
+    x = Tensor(np.ones((3000, 2), dtype), requires_grad=True)
+    for y, expected in (
+        (x.sum(0), 3000),
+        (x.sum(), 6000),
+        (x.mean(0, keepdims=True), 1),
+        (ag.logsumexp(x - x, axis=0), np.log(3000)),
+    ):
+        assert y.dtype == dtype and (y.data == np.asarray(expected, dtype)).all()
+    for shape in ((2,), (1, 2), (1, 1), ()):
+        b = Tensor(np.zeros(shape, dtype), requires_grad=True)
+        (x + b).backward(np.ones((3000, 2), dtype))
+        assert b.grad.dtype == dtype and (b.grad == np.asarray(6000 / b.size, dtype)).all()
+    for f in (ag.max, ag.logsumexp):  # 3,000 equal ones share the gradient
+        x.grad = None
+        f(x, axis=0).sum().backward()
+        assert np.allclose(x.grad.astype(np.float64), 1 / 3000, rtol=4e-3)
+
+
+def test_whole_numbers_add_up_as_numpys():
+    for x in (np.ones(300, bool), np.full(300, 100, np.int8)):
+        assert ag.sum(x).item() == x.sum() and ag.sum(x).dtype == x.sum().dtype
+        assert ag.mean(x).item() == x.mean()
+
+
 def test_extreme_inputs():
     x = np.array([-800.0, -40, 0, 40, 800])
     for f, value, slope in (
@@ -214,6 +249,23 @@ def test_where_drops_even_an_infinite_gradient():
     z.backward(np.array([np.inf, np.nan, 2.0]))
     assert np.array_equal(x.grad, [np.inf, 0, 2])
     assert np.array_equal(y.grad, [0, np.nan, 0], equal_nan=True)
+
+
+def test_what_does_not_pass_is_dropped_even_if_it_is_not_finite():
+    x = np.array([-np.inf, -1, 1, np.inf, np.nan])
+    assert np.array_equal(ag.relu(x).data, [0, 0, 1, np.inf, np.nan], equal_nan=True)
+    g = np.array([np.nan, -np.inf, 2, np.inf, np.inf])
+    for f, passes in (
+        (ag.relu, [False, False, True, True, False]),
+        (lambda x: ag.clip(x, low=-1.0, high=5.0), [False, True, True, False, False]),
+        (lambda x: ag.maximum(x, 0.0), [False, False, True, True, False]),
+        (lambda x: ag.maximum(0.5, x), [False, False, True, True, True]),
+        (lambda x: ag.minimum(x, 0.0), [True, True, False, False, False]),
+        (lambda x: ag.minimum(0.5, x), [True, True, False, False, True]),
+    ):
+        t = Tensor(x, requires_grad=True)
+        f(t).backward(g)
+        assert np.array_equal(t.grad, np.where(passes, g, 0), equal_nan=True)
 
 
 def test_where_does_not_let_a_nan_through():
@@ -454,6 +506,8 @@ def test_errors_say_what_is_wrong():
         ag.split(x, sizes=(1, 1))
     with pytest.raises(ValueError, match="matmul takes matrices"):
         ag.matmul(x, np.ones(3))
+    with pytest.raises(TypeError, match=r"^embedding: input 0 is a list; give an array, as np\.array\(\.\.\.\)$"):
+        F.embedding([0, 1], x)
     with pytest.raises(ValueError, match=r"gather: id 3 at position \(1, 0\) is outside \[0, 3\)"):
         ag.gather(x, ids=np.array([[0], [3]]))
 

@@ -2,6 +2,7 @@
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -52,6 +53,10 @@ def test_arrays_stay_on_the_host_or_say_what_they_need():
     assert device.to_host(x) is x
     with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', not 'gpu'"):
         device.to_device(x, "gpu")
+    for other, kind in (([0, 1], "list"), (None, "NoneType"), (Tensor(x), "Tensor")):
+        for call in (lambda other=other: device.beside(other, x), lambda other=other: device.xp_of(other)):
+            with pytest.raises(TypeError, match=f"^an array has to be NumPy's or CuPy's, and this is a {kind}$"):
+                call()
 
 
 def test_on_a_gpu_a_bad_id_is_a_flag_read_later():
@@ -135,6 +140,16 @@ def test_shapes_that_do_not_go_together_are_refused_before_a_kernel_reads_past_a
         F.embedding(np.ones((5, 3)), np.zeros((2, 3), int))  # the other way round
 
 
+def test_inputs_of_two_dtypes_are_refused_in_one_line():
+    x = np.ones((1, 2, 3, 4), np.float32)
+    for other in (np.float16, np.float64):
+        y, name = x.astype(other), np.dtype(other).name
+        with pytest.raises(TypeError, match=f"^swiglu: .* one dtype, and gate is float32, up is {name}$"):
+            F.swiglu(x, y)
+        with pytest.raises(TypeError, match=f"^attention: .* one dtype, and q is {name}, k is float32, v is float32$"):
+            F.attention(y, x, x)
+
+
 def test_norms_of_a_row_of_zeros():
     x = Tensor(np.zeros((2, 8)), requires_grad=True)
     for y in (F.rms_norm(x, np.ones(8)), F.layer_norm(x, np.ones(8), np.ones(8))):
@@ -190,6 +205,22 @@ def test_softmax_of_16_bits_adds_up_in_32():
     wide = np.exp(x.astype(np.float64))
     assert y.dtype == np.float16
     assert np.allclose(y, wide / wide.sum(-1, keepdims=True), rtol=1e-3, atol=6e-8)
+    for dtype in (np.float16, ml_dtypes.bfloat16):  # the gradient of a sum that is always 1
+        x = Tensor(np.zeros((4096, 2), dtype), requires_grad=True)
+        F.softmax(x, axis=0).backward(np.ones((4096, 2), dtype))
+        assert x.grad.dtype == dtype and not x.grad.any()
+
+
+def test_silu_and_swiglu_of_one_number():
+    for dtype in (np.float32, np.float64, np.float16):
+        x, y = np.array(1.5, dtype), np.array(-2.0, dtype)
+        for f, inputs in ((F.silu, (x,)), (F.swiglu, (x, y))):
+            alone, row = ([Tensor(a.reshape(shape), requires_grad=True) for a in inputs] for shape in ((), (1,)))
+            one, other = f(*alone), f(*row)
+            one.backward()
+            other.backward()
+            assert one.shape == () and one.item() == other.item()
+            assert [a.grad for a in alone] == [a.grad.item() for a in row]
 
 
 # ------------------------------------------------------------------ dropout
@@ -205,6 +236,7 @@ def test_dropout_is_seeded_scaled_and_independent():
     for axis in (0, 1):  # neighbours agree as often as independent coins do
         differ = np.diff(y != 0, axis=axis)
         assert abs(differ.mean() - 0.42) < 4 * math.sqrt(0.5 / differ.size)
+    assert np.array_equal(y, F.dropout(x, p=0.3, seed=np.int64(1)).data)
     others = [F.dropout(x, p=0.3, seed=s).data != 0 for s in (2, 3, 12345678901234567890)]
     for other in others:
         assert abs((other == (y != 0)).mean() - 0.58) < 4 * math.sqrt(0.25 / n)
@@ -254,8 +286,23 @@ def test_rope_scaling():
         else:
             smooth = (256 / w - 1) / 3
             assert np.isclose(frequency, (1 - smooth) * before / 8 + smooth * before, rtol=1e-12)
-    with pytest.raises(ValueError, match="rope type 'yarn' is not supported"):
-        F.rope_table(2, 64, scaling={"rope_type": "yarn", "factor": 2.0})
+    for wrong, told in (
+        ({"rope_type": "yarn", "factor": 2.0}, "rope type 'yarn' is not supported; there are"),
+        ({"type": ["linear"]}, r"rope type \['linear'\] is not supported"),
+        ("linear", "rope scaling must be a dict or None, not 'linear'"),
+        ({"type": "linear"}, "rope type 'linear' needs 'factor'"),
+        ({"type": "linear", "factor": 0}, "'linear': factor = 0 must be a positive number"),
+        ({"type": "linear", "factor": "2"}, "'linear': factor = '2' must be a positive number"),
+        ({"type": "linear", "factor": True}, "factor = True must be"),
+        (scaling | {"factor": math.nan}, "'llama3': factor = nan must be a positive number"),
+        (scaling | {"factor": -8.0}, "factor = -8.0 must be"),
+        ({k: v for k, v in scaling.items() if k != "low_freq_factor"}, "'llama3' needs 'low_freq_factor'"),
+        (scaling | {"low_freq_factor": 4}, "low_freq_factor 4 must be below high_freq_factor 4.0"),
+        (scaling | {"original_max_position_embeddings": 0.5}, "embeddings = 0.5 must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=told) as caught:
+            F.rope_table(2, 64, scaling=wrong)
+        assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="even head size, and got 7"):
         F.rope_table(2, 7)
 
@@ -281,6 +328,30 @@ def test_rope_offset_is_where_the_tokens_stand():
     for offset in range(9):
         assert np.array_equal(F.rope(x[:, offset:], cos=cos, sin=sin, offset=offset).data, whole[:, offset:])
     assert np.array_equal(whole[:, 0], x[:, 0])  # position 0 is not turned at all
+
+
+@given(st.integers(0, 70_000), st.sampled_from([50_304, 32_000, 131_072, 2_000_000]))
+def test_the_chunks_of_a_head_on_a_gpu_are_alike(N, V):
+    with installed() as cupy:
+        chunks = F._row_chunks(cupy.empty((N, 1), np.float16), V, None)
+    sizes = [chunk.stop - chunk.start for chunk in chunks]
+    assert sum(sizes) == N and [c.start for c in chunks] == np.cumsum([0, *sizes])[:-1].tolist()
+    assert all(size * V * 2 <= max(1 << 30, 4096 * V * 2) for size in sizes)
+    assert len(set(sizes[:-1])) <= 1 and all(sizes[0] - size < 256 * len(sizes) for size in sizes)
+
+
+def test_rope_of_some_heads_copies_the_others():
+    rng = np.random.default_rng(3)
+    x, g = rng.standard_normal((2, 2, 5, 4, 6))
+    cos, sin = F.rope_table(7, 6, dtype=np.float64)
+    for heads in range(5):
+        fused, parts = (Tensor(x.copy(), requires_grad=True) for _ in range(2))
+        y = F.rope(fused, cos=cos, sin=sin, offset=2, heads=heads)
+        turned = F.rope(parts[:, :, :heads], cos=cos, sin=sin, offset=2)
+        y.backward(g)
+        turned.backward(g[:, :, :heads])
+        assert np.array_equal(y.data, np.concatenate([turned.data, x[:, :, heads:]], 2))
+        assert np.array_equal(fused.grad, np.concatenate([parts.grad[:, :, :heads], g[:, :, heads:]], 2))
 
 
 def test_rope_errors():

@@ -1,5 +1,6 @@
 """Every kernel in the table, each version against its reference. A new kernel is in here by being in the table."""
 
+import contextlib
 import copy
 import importlib
 import os
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 
 import minillm.kernels
 from minillm.kernels import jit as vector
+from minillm.kernels.device import joined
 from minillm.kernels.kernel import KERNELS, Kernel
+from tests.cuda_on_cpu import on_cpu
 from tests.gradcheck import note_error
 from tests.strategies import LAYOUTS, in_layout
 
@@ -128,6 +131,28 @@ def test_any_layout_and_no_input_touched(kernel, version):
             assert not isinstance(a, np.ndarray) or np.array_equal(a, p)
 
     check()
+
+
+@pytest.mark.parametrize("version", ["numba", "cuda"])
+@pytest.mark.parametrize("name", ["silu_forward", "silu_backward", "swiglu_forward", "swiglu_backward"])
+def test_silu_and_swiglu_take_one_number_without_an_axis(name, version):
+    kernel = next(k for k in KERNELS if k.name == name)
+    args, kwargs = example(kernel, 2, np.float32)
+    args = [x[:1, :1].reshape(()) for x in args]
+    expected = call(kernel, "reference", args, kwargs)
+    with on_cpu() if version == "cuda" else contextlib.nullcontext():
+        results = call(kernel, version, args, kwargs)
+    assert all(r.shape == () and np.isclose(r, e, rtol=1e-5) for r, e in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("version", ["numba", "cuda"])
+def test_rms_norm_of_rows_without_numbers(version):
+    forward, backward = (next(k for k in KERNELS if k.name == f"rms_norm_{way}") for way in ("forward", "backward"))
+    x, weight = np.zeros((3, 0), np.float32), np.zeros(0, np.float32)
+    with on_cpu() if version == "cuda" else contextlib.nullcontext():
+        y, r = forward.version(version)(x, weight, 1e-5)
+        dx, dweight = backward.version(version)(x, x, weight, r)
+    assert y.shape == dx.shape == (3, 0) and r.shape == (3,) and dweight.shape == (0,)
 
 
 @every_version
@@ -315,3 +340,14 @@ def test_what_was_just_compiled_rounds_as_what_is_read_from_the_cache(names, tmp
     for line in cached.stdout.splitlines():
         alone, together = line.split()[2:]
         assert alone == together, line
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_joined_is_concatenate_and_no_copy_where_the_parts_are_all_of_one(seed):
+    rng = np.random.default_rng(seed)
+    axis, whole = int(rng.integers(0, 3)), rng.standard_normal(rng.integers(1, 5, 3))
+    parts = np.split(whole, np.sort(rng.integers(0, whole.shape[axis] + 1, 2)), axis)
+    others = [parts[::-1], parts[1:], [parts[0], *parts], [parts[0].copy(), *parts[1:]], [p[::-1] for p in parts]]
+    for some in (parts, *others):
+        np.testing.assert_array_equal(joined(some, axis), np.concatenate(some, axis))
+    assert np.shares_memory(joined(parts, axis), whole)
