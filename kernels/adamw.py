@@ -9,25 +9,32 @@ Contract
     p  = p - lr weight_decay p - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
     scale is a number or an array of one element (which may be on the device, where nothing waits for it). If it is not
     finite, nothing is changed.
-    schedule (3,) float32, beside p: what lr, weight_decay and step come to, as `schedule_of` makes it, instead of these
-    three. So a CUDA graph, in which a number stays what it was when it was recorded, takes another one at every step.
-    copy (n,) bfloat16, if there is one, becomes the new p, rounded.
     Returns (p, m, v), which are the arrays that came in. eps stands outside the root, as in PyTorch.
+
+    Instead of lr, weight_decay and step, and beside p: schedule (runs, 3) in p's dtype, what the three come to for each
+    of the runs that p consists of, and borders (runs - 1,) int64, where the second run and each later one begin.
+    advance_inplace(schedule, rates, steps, scale) writes the schedule of the next update, number steps + 1, and counts
+    it where the scale is finite: rates (runs, 2) float64, lr and weight_decay of each run; steps (1,) int32; scale
+    (1,). So all that is another in each update is in memory, as a CUDA graph needs it, in which a number stays what it
+    was when it was recorded; and an update that is left out is not counted, however late anybody learns of it.
+
     sum_of_squares(x) returns the sum of x_i^2 as an array (1,), float64 for float64 and float32 for everything else:
     the squares in that dtype, and what is added up from many of them more exactly.
 
 Rungs
     reference   the definition
-    numba       one pass: 16 bytes read and 12 written per float32 parameter; squares in rows of 512
-    cuda        the same pass, the copy within it; squares in two stages, in one order on any GPU (adamw.cu)
+    numba       one pass: 16 bytes read and 12 written per float32 parameter; squares in rows of 512; the schedule's few
+                numbers in plain Python
+    cuda        the same pass, one launch for all runs; squares in two stages, in one order on any GPU (adamw.cu)
 """
 
 import math
+from itertools import pairwise
 
 import numpy as np
 
 from . import cuda
-from .device import empty, upcast, xp_of
+from .device import address, empty, upcast, xp_of
 from .jit import contiguous, prange, prange_jit
 from .kernel import Kernel
 
@@ -39,11 +46,28 @@ def schedule_of(lr, beta1, beta2, weight_decay, step):
     return 1 - lr * weight_decay, lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
 
 
+def reference_advance_inplace(schedule, rates, steps, scale, *, beta1, beta2):
+    xp, step = xp_of(schedule), steps + 1
+    lr, weight_decay = rates.astype(np.float64).T
+    schedule[:, 0] = 1 - lr * weight_decay
+    schedule[:, 1] = lr / (1 - beta1**step)
+    schedule[:, 2] = 1 / xp.sqrt(1 - beta2**step)
+    steps += xp.isfinite(scale)
+    return schedule
+
+
+def _whole(p, *numbers):
+    """The schedule of p as one run, from `schedule_of`'s numbers."""
+    return xp_of(p).asarray(np.array([schedule_of(*numbers)], p.dtype))
+
+
 def reference_inplace(
-    p, m, v, g, *, beta1, beta2, eps, lr=None, weight_decay=None, step=None, scale=1.0, copy=None, schedule=None
+    p, m, v, g, *, beta1, beta2, eps, lr=None, weight_decay=None, step=None, scale=1.0, schedule=None, borders=None
 ):
     xp = xp_of(p)
-    keep, rate, root = schedule_of(lr, beta1, beta2, weight_decay, step) if schedule is None else schedule
+    schedule = _whole(p, lr, beta1, beta2, weight_decay, step) if schedule is None else schedule
+    of_each = schedule if borders is None else schedule[xp.searchsorted(borders, xp.arange(p.size), "right")]
+    keep, rate, root = of_each.T
     scale = xp.asarray(scale, p.dtype).reshape(())
     finite = xp.isfinite(scale)
     g = g * xp.where(finite, scale, 0)
@@ -52,8 +76,6 @@ def reference_inplace(
     new_p = keep * p - rate * new_m / (xp.sqrt(new_v) * root + eps)
     for x, new in ((p, new_p), (m, new_m), (v, new_v)):
         x[...] = xp.where(finite, new, x)
-    if copy is not None:
-        copy[...] = xp.where(finite, p.astype(copy.dtype), copy)
     return p, m, v
 
 
@@ -78,25 +100,37 @@ def _step(p, m, v, g, keep, rate, beta1, rest1, beta2, rest2, eps, root, scale):
             p[i] = keep * p[i] - rate * m_i / (np.sqrt(v_i) * root + eps)
 
 
-def _check_flat(p, m, v, g, copy):
+def _check_flat(p, m, v, g):
     if not all(x.flags.c_contiguous and x.shape == p.shape and x.dtype == p.dtype for x in (p, m, v, g)):
         raise ValueError("adamw_inplace needs p, m, v and g contiguous, of one shape and one dtype")
-    if copy is not None and not (copy.flags.c_contiguous and copy.shape == p.shape and copy.dtype.name == "bfloat16"):
-        raise ValueError("adamw_inplace needs a contiguous copy in bfloat16, of p's shape")
 
 
 def numba_inplace(
-    p, m, v, g, *, beta1, beta2, eps, lr=None, weight_decay=None, step=None, scale=1.0, copy=None, schedule=None
+    p, m, v, g, *, beta1, beta2, eps, lr=None, weight_decay=None, step=None, scale=1.0, schedule=None, borders=None
 ):
-    _check_flat(p, m, v, g, copy)
+    _check_flat(p, m, v, g)
     scale = np.asarray(scale, p.dtype).reshape(())
     if np.isfinite(scale):
-        keep, rate, root = schedule_of(lr, beta1, beta2, weight_decay, step) if schedule is None else schedule
-        constants = keep, rate, beta1, 1 - beta1, beta2, 1 - beta2, eps, root, scale
-        _step(*(x.reshape(-1) for x in (p, m, v, g)), *map(p.dtype.type, constants))
-        if copy is not None:
-            copy[...] = p
+        schedule = _whole(p, lr, beta1, beta2, weight_decay, step) if schedule is None else schedule
+        *betas, eps = map(p.dtype.type, (beta1, 1 - beta1, beta2, 1 - beta2, eps))
+        ends = pairwise([0, *([] if borders is None else borders.tolist()), p.size])
+        for (keep, rate, root), (begin, end) in zip(schedule, ends, strict=True):
+            arrays = (x.reshape(-1)[begin:end] for x in (p, m, v, g))
+            _step(*arrays, keep, rate, *betas, eps, root, scale[()])
     return p, m, v
+
+
+def _check_schedule(schedule, steps):
+    if not (schedule.flags.c_contiguous and steps.flags.c_contiguous and steps.dtype == np.int32):
+        raise ValueError("adamw_advance_inplace needs a contiguous schedule, and steps (1,) in int32")
+
+
+def numba_advance_inplace(schedule, rates, steps, scale, *, beta1, beta2):
+    _check_schedule(schedule, steps)
+    step = int(steps[0]) + 1
+    schedule[...] = [schedule_of(lr, beta1, beta2, decay, step) for lr, decay in rates.tolist()]
+    steps += np.isfinite(scale)
+    return schedule
 
 
 _ROW = 512  # squares that are added up in x's dtype
@@ -124,30 +158,43 @@ _THREADS, _PACKS, _PARTS = 256, 2, 1024  # adamw.cu's THREADS and PACKS; parts o
 _SOURCE = cuda.Source(
     "adamw.cu",
     {"step<4>": 64, "step<1>": 40, "add_parts": 24}
+    | {f"advance<{t}>": 48 for t in cuda.C_TYPES.values()}
     | {f"squares<{t}, {n}>": 40 for t, widest in (("float", 4), ("bf16", 8), ("fp16", 8)) for n in (widest, 1)},
 )
 
 
 def _aligned(*arrays):
-    """Whether 16-byte accesses fit flat arrays, and their share of them an array of smaller elements beside them."""
-    widest = max(x.itemsize for x in arrays)
-    return all(cuda.address(x) % (16 * x.itemsize // widest) == 0 for x in arrays)
+    """Whether 16-byte accesses fit flat arrays."""
+    return all(address(x) % 16 == 0 for x in arrays)
+
+
+def _on_device(scale, like):
+    """A number or an array of one element as one in float32 beside `like`."""
+    is_number = isinstance(scale, int | float | np.generic)
+    return xp_of(like).full(1, scale, np.float32) if is_number else cuda.contiguous(scale, np.float32)
 
 
 def cuda_inplace(
-    p, m, v, g, *, beta1, beta2, eps, lr=None, weight_decay=None, step=None, scale=1.0, copy=None, schedule=None
+    p, m, v, g, *, beta1, beta2, eps, lr=None, weight_decay=None, step=None, scale=1.0, schedule=None, borders=None
 ):
-    _check_flat(p, m, v, g, copy)
+    _check_flat(p, m, v, g)
     if p.dtype != np.float32:
         raise TypeError(f"adamw_inplace updates float32 on a GPU, and these parameters are {p.dtype}")
-    on_device = None if isinstance(scale, int | float | np.generic) else cuda.contiguous(scale, np.float32)
-    keep, rate, root = schedule_of(lr, beta1, beta2, weight_decay, step) if schedule is None else (0, 0, 0)
-    constants = map(np.float32, (keep, rate, beta1, 1 - beta1, beta2, 1 - beta2, eps, root))
-    number = np.float32(scale if on_device is None else 1)
-    n = 4 if _aligned(p, m, v, g, *([] if copy is None else [copy])) else 1
-    arguments = p, m, v, g, np.int64(p.size), *constants, number, on_device, schedule, copy
-    _SOURCE.launch(f"step<{n}>", -(-p.size // (_THREADS * _PACKS * n)), _THREADS, arguments)
+    schedule = _whole(p, lr, beta1, beta2, weight_decay, step) if schedule is None else schedule
+    constants = map(np.float32, (beta1, 1 - beta1, beta2, 1 - beta2, eps))
+    n = 4 if _aligned(p, m, v, g) else 1
+    arguments = p, m, v, g, np.int64(p.size), *constants, _on_device(scale, p), schedule, borders
+    blocks = -(-p.size // (_THREADS * _PACKS * n))
+    _SOURCE.launch(f"step<{n}>", blocks, _THREADS, (*arguments, np.int32(len(schedule))))
     return p, m, v
+
+
+def cuda_advance_inplace(schedule, rates, steps, scale, *, beta1, beta2):
+    _check_schedule(schedule, steps)
+    rates, betas = cuda.contiguous(rates, np.float64), (np.float64(beta1), np.float64(beta2))
+    arguments = rates, np.int32(len(rates)), *betas, _on_device(scale, schedule), steps, schedule
+    _SOURCE.launch(f"advance<{cuda.c_type(schedule)}>", 1, 32, arguments)
+    return schedule
 
 
 def cuda_sum_of_squares(x):
@@ -171,11 +218,23 @@ def _example(rng, size):
     return (p, m, v * v, g), {**constants, "step": int(rng.integers(1, 100))}
 
 
+def _advance_example(rng, size):
+    runs = 50 if size in ("large", "gpu") else int(rng.integers(1, 70))
+    rates, steps = rng.uniform(0, 0.1, (runs, 2)), np.array([int(rng.integers(0, 100))], np.int32)
+    return (np.zeros((runs, 3)), rates, steps, np.ones(1)), {"beta1": 0.9, "beta2": 0.95}
+
+
 step_inplace = Kernel(
     "adamw_inplace",
     reference=reference_inplace,
     versions={"numba": numba_inplace, "cuda": cuda_inplace},
     example=_example,
+)
+advance_inplace = Kernel(
+    "adamw_advance_inplace",
+    reference=reference_advance_inplace,
+    versions={"numba": numba_advance_inplace, "cuda": cuda_advance_inplace},
+    example=_advance_example,
 )
 sum_of_squares = Kernel(
     "sum_of_squares",

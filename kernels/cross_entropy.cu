@@ -89,18 +89,19 @@ struct Gradient {
     }
 };
 
-// use(j, load(j)) for every pack of this thread: logits j, j + 1, ...; LOADS of them are on their way at a time.
+// use(j, load(j)) for every pack of this thread from `begin` on: logits j, j + 1, ...; LOADS of them are on their way at
+// a time.
 template <int N, int THREADS, int LOADS, typename Load, typename Use>
-__device__ __forceinline__ void each_logit(int V, Load load, Use use) {
+__device__ __forceinline__ void each_logit(int begin, int end, Load load, Use use) {
     constexpr int STEP = THREADS * N;
-    for (int j0 = thread_of_row<THREADS>() * N; j0 < V; j0 += LOADS * STEP) {
+    for (int j0 = begin + thread_of_row<THREADS>() * N; j0 < end; j0 += LOADS * STEP) {
         decltype(load(0)) packs[LOADS];
 #pragma unroll
         for (int u = 0; u < LOADS; ++u)
-            if (j0 + u * STEP < V) packs[u] = load(j0 + u * STEP);
+            if (j0 + u * STEP < end) packs[u] = load(j0 + u * STEP);
 #pragma unroll
         for (int u = 0; u < LOADS; ++u)
-            if (j0 + u * STEP < V) use(j0 + u * STEP, packs[u]);
+            if (j0 + u * STEP < end) use(j0 + u * STEP, packs[u]);
     }
 }
 
@@ -124,7 +125,7 @@ forward(const T* logits, const int* targets, int rows, int V, float scale, float
     if (target >= 0) {
         at_target = logit_of(row, target, V);
         each_logit<N, THREADS, 4>(
-            V, [&](int j) { return load_pack_streaming<N>(row + j); },
+            0, V, [&](int j) { return load_pack_streaming<N>(row + j); },
             [&](int, const Pack<T, N>& x) { of_row.add<true>(x, scale * LOG2E); });
         of_row.merge<THREADS, true>(scale * LOG2E, partial);
     }
@@ -154,7 +155,7 @@ backward(const T* logits, const int* targets, const float* m, const float* log_t
     }
     const Gradient gradient(m[i], log_total[i], a[i], b[i], c[i], d[i], scale, target);
     each_logit<N, THREADS, 4>(
-        V, [&](int j) { return load_pack_streaming<N>(row + j); },
+        0, V, [&](int j) { return load_pack_streaming<N>(row + j); },
         [&](int j, const Pack<T, N>& x) { store_pack_streaming(to + j, gradient.of(x, j)); });
 }
 
@@ -181,7 +182,7 @@ fused(T* logits, const int* targets, const float* a, const float* z, const float
 
     Statistics of_row;
     each_logit<N, THREADS, 4>(
-        V, [&](int j) { return j < staged ? load_pack_streaming<N>(row + j) : load_pack<N>(row + j); },
+        0, V, [&](int j) { return j < staged ? load_pack_streaming<N>(row + j) : load_pack<N>(row + j); },
         [&](int j, const Pack<T, N>& x) {
             if (j < staged) store_pack(stage + j, x);
             of_row.add<false>(x, scale * LOG2E);
@@ -196,7 +197,9 @@ fused(T* logits, const int* targets, const float* a, const float* z, const float
         x_target[i] = (at_target - of_row.m) * scale, x_sum[i] = of_row.sum * scale;
     }
     const Gradient gradient(of_row.m, log_of_row, fmaf(z[i], lse, a[i]), 0, c[i], d[i], scale, target);
-    each_logit<N, THREADS, 2>(
-        V, [&](int j) { return j < staged ? load_pack<N>(stage + j) : load_pack<N>(row + j); },
-        [&](int j, const Pack<T, N>& x) { store_pack_streaming(row + j, gradient.of(x, j)); });
+    const auto put = [&](int j, const Pack<T, N>& x) { store_pack_streaming(row + j, gradient.of(x, j)); };
+    // Two loops: of one that takes from either, each load would first ask which memory its address is in. Shared memory
+    // is near: one load at a time, and the registers suffice.
+    each_logit<N, THREADS, 1>(0, staged, [&](int j) { return load_pack<N>(stage + j); }, put);
+    each_logit<N, THREADS, 2>(staged, V, [&](int j) { return load_pack<N>(row + j); }, put);
 }

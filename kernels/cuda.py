@@ -17,6 +17,7 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import math
 import os
 import pathlib
 import re
@@ -25,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .device import cuda, xp_of
+from .device import address, cuda, xp_of
 from .jit import cache_root
 
 FOLDER = pathlib.Path(__file__).parent
@@ -35,31 +36,33 @@ GIVEN_SHARED = (48 << 10) - OWN_SHARED  # bytes that a launch may bring as it is
 # The float types of the kernels, as NumPy and as CUDA C++ name them.
 C_TYPES = {"float32": "float", "bfloat16": "bf16", "float16": "fp16"}
 
+_WITHOUT_SIZE = {int, float, bool}  # Python's numbers, which a launch refuses
+_NULL = np.uintp(0)
+
 
 def c_type(x):
     """The C++ name of an array's dtype. TypeError: the CUDA kernels do not take it."""
-    name = C_TYPES.get(x.dtype.name)
+    return _c_type(x.dtype)
+
+
+@functools.cache  # NumPy makes a dtype's name anew each time: 1 us, and the rest of a launch is 3
+def _c_type(dtype):
+    name = C_TYPES.get(dtype.name)
     if name is None:
-        raise TypeError(f"the CUDA kernels take {', '.join(C_TYPES)}, and this array is {x.dtype}")
+        raise TypeError(f"the CUDA kernels take {', '.join(C_TYPES)}, and this array is {dtype}")
     return name
 
 
 def contiguous(x, dtype=None):
     """x C-contiguous, in this dtype; x itself if it is that already."""
+    if x.flags.c_contiguous and (dtype is None or x.dtype == dtype):
+        return x
     return xp_of(x).ascontiguousarray(x, dtype)
-
-
-def address(x):
-    """The address of an array's first element, in its device's memory."""
-    return x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
 
 
 def wide(*arrays):
     """Whether 16-byte accesses fit all these arrays: they begin at a multiple of 16 bytes, and so do the rows."""
-    return all(
-        address(x) % 16 == 0 and x.shape[-1] * x.itemsize % 16 == 0 and all(s % 16 == 0 for s in x.strides[:-1])
-        for x in arrays
-    )
+    return all(math.gcd(16, address(x), x.shape[-1] * x.itemsize, *x.strides[:-1]) == 16 for x in arrays)
 
 
 class Source:
@@ -84,14 +87,14 @@ class Source:
         """
         if instance not in self.instances:
             raise KeyError(f"{self.name} has no instance {instance!r}, only {', '.join(self.instances)}")
-        for i, argument in enumerate(arguments):
-            if isinstance(argument, int | float | bool) and not isinstance(argument, np.generic):
-                raise TypeError(
-                    f"{self.name}, {instance}: argument {i} is {argument!r}; give its type, as np.int32(...)"
-                )
-        grid = (blocks,) if isinstance(blocks, int | np.integer) else tuple(blocks)
+        kinds = [*map(type, arguments)]
+        if not _WITHOUT_SIZE.isdisjoint(kinds):
+            i = next(i for i, kind in enumerate(kinds) if kind in _WITHOUT_SIZE)
+            told = f"argument {i} is {arguments[i]!r}; give its type, as np.int32(...)"
+            raise TypeError(f"{self.name}, {instance}: {told}")
+        grid = (*blocks, 1, 1)[:3] if isinstance(blocks, tuple) else (blocks, 1, 1)
         if 0 not in grid:
-            backend.launch(self, instance, (*grid, 1, 1)[:3], threads, arguments, shared)
+            backend.launch(self, instance, grid, threads, arguments, shared)
 
     def text(self):
         """The file with what it includes of this folder: what a compiled instance depends on."""
@@ -215,12 +218,12 @@ class Gpu:
 
     def launch(self, source, instance, grid, threads, arguments, shared):
         function = _function(source, instance, self._device())
-        if shared > self._shared.get(function.ptr, GIVEN_SHARED):
+        if shared > GIVEN_SHARED and shared > self._shared.get(function.ptr, 0):
             driver = cuda().driver
             driver.funcSetAttribute(function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
             self._shared[function.ptr] = shared
-        arguments = tuple(np.uintp(0) if a is None else a for a in arguments)
-        function(grid, (threads, 1, 1), arguments, shared_mem=shared, stream=cuda().get_current_stream())
+        arguments = tuple([_NULL if a is None else a for a in arguments])
+        function(grid, (threads, 1, 1), arguments, shared)
 
     def shared_limit(self):
         """Bytes of shared memory that a launch may ask for."""
@@ -228,7 +231,7 @@ class Gpu:
 
     @staticmethod
     def _device():
-        return cuda().Device().id
+        return cuda().runtime.getDevice()
 
     @staticmethod
     @functools.cache

@@ -15,7 +15,8 @@ What is recorded is the order of kernels, their addresses and their numbers, not
     * nothing in it may look at the GPU's results or read the host's memory.
 The calls of one shape are the same work, so each of them is real: the first runs as usual, which compiles and loads
 what it needs, the second is recorded and launched, and every later one is launched. Other shapes are other recordings
-that share the pool: one is over before the next begins.
+that share the pool: one is over before the next begins. Where the GPU's memory is full, the pool gives back what nobody
+holds, and that is what recordings work in: they are forgotten, and their shapes are recorded again.
 """
 
 import contextlib
@@ -35,28 +36,37 @@ class Graph:
     """
 
     def __init__(self, function):
-        self._function, self._calls = function, {}
-        self._stream, self._pool = cuda().Stream(non_blocking=True), cuda().MemoryPool()
+        self._function, self._calls, self._full = function, {}, False
+        self._stream, self._pool = cuda().Stream(non_blocking=True), cuda().MemoryPool(self._allocate)
 
     def __call__(self, *inputs):
         key = tuple((x.shape, x.dtype.str) for x in inputs)
-        calls = self._calls.get(key)
-        if calls is None:
-            calls = _Calls(inputs)
-            with self._own_stream():
-                outputs = self._function(*calls.inputs)
-            self._calls[key] = calls  # now that all is loaded: a call that fails is a first one again
-            return outputs
-        calls.take(inputs)
-        if calls.recorded is None:
-            with self._own_stream() as stream:
-                calls.record(self._function, stream)
-        calls.recorded.launch()
-        return calls.outputs
+        if calls := self._calls.get(key):
+            calls.take(inputs)
+            if calls.recorded is None:
+                with self._own_stream() as stream:
+                    calls.record(self._function, stream)
+            if calls.recorded is not None:
+                calls.recorded.launch()
+                return calls.outputs
+        calls = calls or _Calls(inputs)  # the first of its shape, or the memory was too full to record it
+        with self._own_stream():
+            outputs = self._function(*calls.inputs)
+        self._calls[key] = calls  # now that all is loaded: a call that fails is a first one again
+        return outputs
 
     def memory(self):
         """Bytes of the GPU that the graph has for itself."""
         return self._pool.total_bytes()
+
+    def _allocate(self, size):
+        """Memory from the GPU, for the pool: it asks where it has none of this size, and again when it was refused and
+        has given back all of its own that is free. Its size does not tell that: it may be larger afterwards."""
+        try:
+            return cuda().MemoryPointer(cuda().Memory(size), 0)
+        except cuda().runtime.CUDARuntimeError:
+            self._full = True
+            raise
 
     @contextlib.contextmanager
     def _own_stream(self):
@@ -69,6 +79,10 @@ class Graph:
                 yield self._stream
         finally:
             current.wait_event(self._stream.record())
+            if self._full:  # also of what was recorded in here, before
+                for calls in self._calls.values():
+                    calls.recorded = calls.outputs = None
+                self._full = False
 
 
 class _Calls:

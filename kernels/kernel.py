@@ -1,5 +1,6 @@
 """A kernel is one function with several versions: the readable reference, and a fast one per way of writing it."""
 
+import functools
 import os
 
 import numpy as np
@@ -10,6 +11,12 @@ KERNELS = []  # every Kernel made, so that tests and benchmarks need no list of 
 # on the host 16-bit floats, which Numba does not know; on a GPU float64, which serves as the oracle.
 _PREFERENCE = {"cpu": ("numba",), "cuda": ("cuda", "numba_cuda")}
 _DTYPES = {"cpu": ("float32", "float64"), "cuda": ("float32", "bfloat16", "float16")}
+
+
+@functools.cache
+def _fastest(device, dtype):
+    """Names of versions for arrays of this dtype, the fastest first."""
+    return _PREFERENCE[device] if dtype.name in _DTYPES[device] else ()
 
 
 class Kernel:
@@ -52,10 +59,10 @@ class Kernel:
         """The name of the version a call with first array `x` would run."""
         if os.environ.get("MINILLM_KERNELS") == "reference":
             return "reference"
-        device = "cpu" if isinstance(x, np.ndarray) else "cuda"
-        if x.dtype.name not in _DTYPES[device]:
-            return "reference"
-        return next((name for name in _PREFERENCE[device] if name in self.versions), "reference")
+        for name in _fastest("cpu" if isinstance(x, np.ndarray) else "cuda", x.dtype):
+            if name in self.versions:
+                return name
+        return "reference"
 
     def version(self, name):
         """The version called `name`; "reference" is one of them."""

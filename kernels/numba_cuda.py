@@ -37,8 +37,9 @@ import math
 import numpy as np
 from numba import config, cuda
 
+from .cuda import contiguous
 from .device import cuda as cupy_cuda
-from .device import empty, upcast, xp_of
+from .device import empty, upcast
 
 TILE = 32  # queries and keys per tile
 SIDE = 8  # a block of attention is SIDE x SIDE threads
@@ -62,15 +63,11 @@ def _launch(kernel, blocks, threads, *arguments):
     kernel[blocks, threads, stream](*(x if isinstance(x, np.generic) else wrap(x) for x in arguments))
 
 
-def _contiguous(x, dtype=None):
-    return xp_of(x).ascontiguousarray(x, dtype)
-
-
 def _rows(x):
     """x in the dtype that it is computed in, its last axis contiguous: q, k and v inside one fused projection need no
     copy."""
     x = upcast(x)
-    return x if x.strides[-1] == x.itemsize and min(x.strides) >= 0 else _contiguous(x)
+    return x if x.strides[-1] == x.itemsize and min(x.strides) >= 0 else contiguous(x)
 
 
 # ------------------------------------------------------------------ tiles
@@ -232,7 +229,7 @@ def attention_forward(q, k, v, start, scale):
     o, lse = empty(q, q.shape), empty(q, (B, H, Tq))
     if o.size:
         blocks = B * H * -(-Tq // TILE)
-        _launch(_attention_forward, blocks, (SIDE, SIDE), q, k, v, _contiguous(start), q.dtype.type(scale), o, lse)
+        _launch(_attention_forward, blocks, (SIDE, SIDE), q, k, v, contiguous(start), q.dtype.type(scale), o, lse)
     return o.astype(dtype, copy=False), lse
 
 
@@ -341,7 +338,7 @@ def attention_backward(do, q, k, v, o, lse, start, scale):
     (B, Tq, H, _), (Tk, Hk) = q.shape, k.shape[1:3]
     dq, dk, dv = empty(q, q.shape), empty(k, k.shape), empty(v, v.shape)
     if dq.size:
-        scale, lse, start, delta = q.dtype.type(scale), _contiguous(lse), _contiguous(start), empty(q, lse.shape)
+        scale, lse, start, delta = q.dtype.type(scale), contiguous(lse), contiguous(start), empty(q, lse.shape)
         queries, keys = B * H * -(-Tq // TILE), B * Hk * -(-Tk // TILE)
         arguments = do, q, k, v, o, lse, start, scale, dq, delta
         _launch(_attention_backward_queries, queries, (SIDE, SIDE), *arguments)
@@ -422,11 +419,11 @@ _FLOOR = -1e30  # stands in for x = -inf in p x, where p is 0
 
 
 def cross_entropy_forward(logits, targets, scale):
-    logits = _contiguous(upcast(logits))
+    logits = contiguous(upcast(logits))
     results = tuple(empty(logits, targets.shape) for _ in range(5))
     if targets.size:
         scale, floor = logits.dtype.type(scale), logits.dtype.type(_FLOOR)
-        arguments = logits, _contiguous(targets), scale, floor, *results
+        arguments = logits, contiguous(targets), scale, floor, *results
         _launch(_cross_entropy_forward, targets.size, THREADS, *arguments)
     return results
 
@@ -434,13 +431,13 @@ def cross_entropy_forward(logits, targets, scale):
 def _gradient(logits, targets, rows, scale, out):
     """out = dlogits, both C-contiguous and of the dtype that is computed in."""
     if out.size:
-        rows = (_contiguous(x, out.dtype) for x in rows)
-        arguments = logits, _contiguous(targets), *rows, out.dtype.type(scale), out.dtype.type(_FLOOR), out
+        rows = (contiguous(x, out.dtype) for x in rows)
+        arguments = logits, contiguous(targets), *rows, out.dtype.type(scale), out.dtype.type(_FLOOR), out
         _launch(_cross_entropy_backward, targets.size, THREADS, *arguments)
 
 
 def cross_entropy_backward(logits, targets, m, log_total, a, b, c, d, scale):
-    wide = _contiguous(upcast(logits))
+    wide = contiguous(upcast(logits))
     out = empty(wide, wide.shape)
     _gradient(wide, targets, (m, log_total, a, b, c, d), scale, out)
     return out.astype(logits.dtype, copy=False)

@@ -16,6 +16,8 @@ Rungs
     cuda        a row in the registers of a warp or a block; dweight as there (rms_norm.cu)
 """
 
+import math
+
 import numpy as np
 
 from . import cuda
@@ -132,7 +134,7 @@ def _instance(kernel, weight, *arrays):
 def cuda_forward(x, weight, eps):
     x, weight = cuda.contiguous(x), _weight_of(x, weight)
     y, D = empty(x, x.shape), x.shape[-1]
-    r = empty(x, (x.size // D,), np.float32)
+    r = empty(x, (math.prod(x.shape[:-1]),), np.float32)
     instance, threads, rows = _instance("forward", weight, x, y)
     arguments = x, weight, np.int32(r.size), np.int32(D), np.float32(eps), y, r
     _SOURCE.launch(instance, -(-r.size // rows), rows * threads, arguments)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .kernels import adamw
-from .kernels.device import device_of, number, xp_of
+from .kernels.device import address, beside, device_of, number, to_host, xp_of
 
 
 class Run(NamedTuple):
@@ -21,6 +21,17 @@ class Run(NamedTuple):
     grad: object
     decays: bool
     rate: float  # what the learning rate is multiplied by
+
+
+class Stretch(NamedTuple):
+    """Runs that are neighbours in memory, which one call updates: flat arrays (n,)."""
+
+    data: object
+    m: object
+    v: object
+    grad: object
+    schedule: object  # (runs, 3), the rows of these
+    borders: object  # (runs - 1,), where the second and each later one begin; None for one run
 
 
 def is_matrix(name, parameter):
@@ -39,11 +50,11 @@ class AdamW:
     parameters    {name: Tensor}; those with requires_grad=False are left alone. A gradient that is None becomes zeros.
     decays        function(name, Tensor) -> whether weight_decay applies to it
     rates         function(name, Tensor) -> what the learning rate is multiplied by for it
-    steps         how many updates have been made
+    steps         how many updates have been made; on a GPU this waits for it, because only there it is known
     m, v          the moments, flat (n,) in the parameters' dtype, in the order of `parameters`
 
-    On a GPU nothing here waits for it: the gradient's norm is an array there, what is done with it is decided there,
-    and so is whether an update is left out.
+    On a GPU nothing else waits for it: the gradient's norm is an array there, what is done with it is decided there,
+    and so is whether an update is left out, and counted.
     """
 
     def __init__(
@@ -57,44 +68,45 @@ class AdamW:
             if p.grad is None:
                 p.grad = xp_of(p.data).zeros_like(p.data)
         self.runs = _runs(trained, decays, rates)
-        alike = _runs(trained, lambda *_: True, one_rate)
-        self.gradients = [run.grad for run in alike]  # in as few pieces as there are
-        first = self.runs[0].data
-        size, xp = sum(run.data.size for run in self.runs), xp_of(first)
-        self.m, self.v, self.steps = xp.zeros(size, first.dtype), xp.zeros(size, first.dtype), 0
+        first, size = self.runs[0].data, sum(run.data.size for run in self.runs)
+        xp = xp_of(first)
+        self.m, self.v = xp.zeros(size, first.dtype), xp.zeros(size, first.dtype)
+        self._steps, self._schedule = xp.zeros(1, np.int32), xp.zeros((len(self.runs), 3), first.dtype)
+        self.stretches = list(self._stretches(_runs(trained, lambda *_: True, one_rate)))
+        self.gradients = [stretch.grad for stretch in self.stretches]  # in as few pieces as there are
+
+    def _stretches(self, alike):
+        """`alike`, the runs that there would be if all parameters were treated alike, as Stretches."""
+        end, ends = 0, np.cumsum([run.data.size for run in self.runs])
+        for data, grad, *_ in alike:
+            part = slice(end, end := end + data.size)
+            rows = slice(np.searchsorted(ends, part.start, "right"), np.searchsorted(ends, part.stop) + 1)
+            borders = ends[rows][:-1] - part.start
+            borders = beside(borders, data) if borders.size else None
+            if data.size:
+                yield Stretch(data, self.m[part], self.v[part], grad, self._schedule[rows], borders)
+
+    @property
+    def steps(self):
+        return int(to_host(self._steps)[0])
 
     def step(self, lr=None, scale=1.0):
-        """One update. lr: this step's learning rate (the constructor's); scale: multiplies every gradient first. It may
-        be an array () on the GPU (`gpu_clip_scale`), and where it is NaN nothing is changed; `steps` counts such an
-        update, too, until whoever reads of it takes it back."""
-        self.steps += 1
-        self._update(self._each(lr), scale)
+        """One update. lr: this step's learning rate (the constructor's); scale: multiplies every gradient first, a
+        number or an array () on the GPU (`gpu_clip_scale`). Where it is not finite, nothing is changed or counted."""
+        self.step_at(beside(self.rates(lr), self.m), scale)
 
-    def schedule(self, lr=None):
-        """The numbers of the next update that are others in every update, for `step_scheduled`: (runs, 3) float32, on
-        the host. Counts the update."""
-        self.steps += 1
-        rows = [adamw.schedule_of(beta1=self.betas[0], beta2=self.betas[1], **own) for own in self._each(lr)]
-        return np.array(rows, np.float32)
-
-    def step_scheduled(self, schedule, scale):
-        """`step` with all its changing numbers in arrays on the GPU, so that a CUDA graph can hold it."""
-        self._update(({"schedule": row} for row in schedule), scale)
-
-    def _each(self, lr):
-        """What each run has of its own in this update, as the kernel takes it."""
+    def rates(self, lr=None):
+        """Each run's learning rate and weight decay in an update, for `step_at`: (runs, 2) float64, on the host."""
         lr = self.lr if lr is None else lr
-        for run in self.runs:
-            decay = self.weight_decay if run.decays else 0.0
-            yield {"lr": lr * run.rate, "weight_decay": decay, "step": self.steps}
+        return np.array([(lr * run.rate, self.weight_decay if run.decays else 0.0) for run in self.runs])
 
-    def _update(self, each, scale):
-        offset, (beta1, beta2) = 0, self.betas
-        for run, own in zip(self.runs, each, strict=True):
-            part = slice(offset, offset + run.data.size)
-            offset += run.data.size
-            arrays = run.data, self.m[part], self.v[part], run.grad
-            adamw.step_inplace(*arrays, beta1=beta1, beta2=beta2, eps=self.eps, scale=scale, **own)
+    def step_at(self, rates, scale):
+        """`step` with all that is another in each update in arrays beside the parameters: a CUDA graph can hold it."""
+        scale, (beta1, beta2) = xp_of(self.m).full(1, scale, self.m.dtype), self.betas
+        adamw.advance_inplace(self._schedule, rates, self._steps, scale, beta1=beta1, beta2=beta2)
+        for *arrays, schedule, borders in self.stretches:
+            told = {"scale": scale, "schedule": schedule, "borders": borders}
+            adamw.step_inplace(*arrays, beta1=beta1, beta2=beta2, eps=self.eps, **told)
 
     def zero_grad(self):
         """Set every gradient to zero, in place."""
@@ -112,7 +124,7 @@ class AdamW:
             if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
                 raise ValueError(f"{theirs.size:,} moments in {theirs.dtype}, not {ours.size:,} in {ours.dtype}")
             ours[...] = xp_of(ours).asarray(theirs)
-        self.steps = int(state["steps"])
+        self._steps[...] = int(state["steps"])
 
     def grad_norm(self):
         """The L2 norm of all gradients together, that of one long vector: a float, or on a GPU an array ()."""
@@ -143,11 +155,7 @@ def _place(name, array):
     owner = array if array.base is None else array.base
     if not (array.flags.c_contiguous and owner.flags.c_contiguous and owner.dtype == array.dtype):
         raise ValueError(f"the optimizer updates contiguous memory, and {name} is not")
-    return owner, (_address(array) - _address(owner)) // array.dtype.itemsize
-
-
-def _address(array):
-    return array.__array_interface__["data"][0] if hasattr(array, "__array_interface__") else array.data.ptr
+    return owner, (address(array) - address(owner)) // array.dtype.itemsize
 
 
 def global_norm(gradients):
@@ -172,10 +180,10 @@ def clip_scale(norm, max_norm):
 
 
 def gpu_clip_scale(norm, max_norm, loss=0.0):
-    """clip_scale for AdamW.step of a norm, an array () on a GPU, that nobody waits for: an array () too, and NaN where
+    """clip_scale for AdamW.step of a norm, an array () on a GPU, that nobody waits for: an array () too. But NaN where
     the norm or the loss (another such array, or a float) is not finite: such an update is left out."""
-    xp = xp_of(norm)
-    return xp.where(xp.isfinite(norm + loss), xp.minimum(max_norm / norm, 1.0), math.nan)
+    xp, longest = xp_of(norm), math.inf if max_norm is None else max_norm
+    return xp.where(xp.isfinite(norm + loss), xp.minimum(longest / norm, 1.0), math.nan)
 
 
 def clip_grad_norm(parameters, max_norm):
@@ -195,7 +203,8 @@ def clip_grad_norm(parameters, max_norm):
 
 def cosine_schedule(step, steps, lr=1.0, warmup=0, floor=0.1):
     """The learning rate of step 0 <= step < steps: a linear warm-up over `warmup` steps to lr, then half a cosine down
-    to floor * lr at the last step (Loshchilov and Hutter 2017, eq. 5, with one period)."""
+    from lr at the first step behind it to floor * lr at the last one (Loshchilov and Hutter 2017, eq. 5, with one
+    period). Where these are one step, it has lr."""
     if step < warmup:
         return lr * (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))

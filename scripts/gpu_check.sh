@@ -4,10 +4,10 @@
 #     bash scripts/gpu_check.sh [FOLDER]      the log, and all numbers as JSON, go there (gpu-check)
 #
 # Needs an environment with this project's dependencies and CuPy; PYTHON names its interpreter (python3). With PyTorch in
-# it, its kernels and its training step are timed in turns with ours. Correctness comes first: every kernel against its
-# reference in float64, on random data, with outputs full of NaN; what is wrong is told and not timed. Each part has a
-# time limit of its own, so that one that hangs leaves the others theirs, and all of them together have SECONDS_IN_ALL
-# (480). Run again, it goes on with the parts that did not pass: the kernels are compiled by then.
+# it, its kernels and its training step are timed in turns with ours. All kernels are compiled before a part launches
+# one. Correctness comes first: every kernel against its reference in float64, on random data, with outputs full of NaN;
+# what is wrong is told and not timed. Each part has a time limit of its own, so that one that hangs leaves the others
+# theirs, and all of them together have SECONDS_IN_ALL (480). Run again, it goes on with the parts that did not pass.
 set -uo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
@@ -40,7 +40,7 @@ part() { # part SECONDS NAME COMMAND ...
         failed+=("$name (no time left)")
         return
     fi
-    echo "== $name: $*"
+    echo "== $name: ${*//$'\n'/; }"
     timeout --kill-after=5 "$limit" "$@" || status=$?
     case $status in
         0) touch "$out/$name.passed" ;;
@@ -63,8 +63,19 @@ bench() { # bench SECONDS NAME OPTIONS ...: a training step beside PyTorch's
     part "$limit" "training-$name" "$python" scripts/bench_training.py --device cuda --json "$out/training-$name.json" "$@"
 }
 
+compile_all='
+import importlib, pkgutil
+import minillm.kernels
+from minillm.kernels import cuda
+modules = [importlib.import_module(f"minillm.kernels.{m.name}") for m in pkgutil.iter_modules(minillm.kernels.__path__)]
+sources = {thing for module in modules for thing in vars(module).values() if isinstance(thing, cuda.Source)}
+cuda.compile_ahead(sources)
+print(f"{sum(len(source.instances) for source in sources)} instances of {len(sources)} files")
+'
+
 {
     part 30 gpu nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+    part 120 compile "$python" -c "$compile_all"
     # plain pytest is enough: of the project's own options, only the import mode is needed
     part 150 device "$python" -m pytest -v -o addopts=--import-mode=importlib tests/test_blas.py tests/test_device.py \
         tests/test_graph.py -k "gpu_and_the_cpu_agree or runs_on_the_gpu or no_update_waits or on_a_gpu or test_blas"

@@ -408,6 +408,7 @@ template <typename T> void mma(Fiber* lanes) {
 template <typename T> const char* name_of() {
     typedef std::remove_cv_t<T> U;
     if (std::is_same_v<U, float>) return "float32";
+    if (std::is_same_v<U, double>) return "float64";
     if (std::is_same_v<U, __nv_bfloat16>) return "bfloat16";
     if (std::is_same_v<U, __half>) return "float16";
     if (std::is_same_v<U, bool>) return "bool";

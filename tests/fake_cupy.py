@@ -13,8 +13,8 @@ A stand-in for CuPy without a GPU, stricter than CuPy: its arrays lie in host me
   asynchronous copy arrives when an event recorded behind it has been waited for, and is poison until then.
 * Streams are not in order of their own: work on one that has not waited for what others were told is an error.
 * A graph that is recorded is a list of what was told, with the numbers of that moment. Nothing is done meanwhile, what
-  comes from the host or is waited for is an error, and so is a launch when an array from outside has been let go of.
-  What was allocated meanwhile is poison again at each launch.
+  comes from the host or is waited for is an error, and so is a launch when an array from outside has been let go of, or
+  when the graph's pool has given memory back. What was allocated meanwhile is poison again at each launch.
 * There are only functions, methods and keywords that CuPy 14.2 has (a test compares them where CuPy is installed), and
   only loops for bfloat16 that it has: `where` and `clip` return float32, matmul above two dimensions is refused, add.at
   too. New memory is poison: NaN, or a large number.
@@ -126,6 +126,8 @@ def _wrap(array, source=None):
     new._array, new.pool = np.asarray(array), _pools[-1]
     shared = source is not None and np.may_share_memory(new._array, source._array)
     new.base = (source if source.base is None else source.base) if shared else None
+    if new.pool is not None and not shared:
+        new.pool.malloc(new.nbytes)
     return new
 
 
@@ -163,8 +165,20 @@ def _wrapped_round(index, shape):
 
 
 class MemoryPointer:
-    def __init__(self, ptr):
-        self.ptr = ptr
+    def __init__(self, mem, offset):
+        self.ptr = mem + offset
+
+
+class Memory:
+    """What a pool asks of the GPU, as an address; the next `refused` times there is none."""
+
+    refused = 0
+
+    def __new__(cls, size):
+        if cls.refused:
+            cls.refused -= 1
+            raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
+        return 0
 
 
 class Flags:
@@ -190,7 +204,7 @@ class ndarray:
     nbytes = property(lambda self: self._array.nbytes)
     strides = property(lambda self: self._array.strides)
     flags = property(lambda self: Flags(self._array.flags))
-    data = property(lambda self: MemoryPointer(self._array.ctypes.data))
+    data = property(lambda self: MemoryPointer(self._array.ctypes.data, 0))
     device = property(lambda self: Device(0))
     T = property(lambda self: _wrap(self._array.T, self))
 
@@ -599,6 +613,10 @@ def cumsum(a, axis=None, dtype=None, out=None):
     return a.cumsum(axis, dtype)
 
 
+def searchsorted(a, v, side="left", sorter=None):
+    return _wrap(np.searchsorted(_ours(a), _ours(v), side))
+
+
 def sort(a, axis=-1, kind=None):
     _no_16_bits("sort", a)
     return _wrap(np.sort(_ours(a), axis))
@@ -682,8 +700,18 @@ class Event:
 
 
 class MemoryPool:
+    """Asks its allocator for each array; where there is no memory, gives back what is free and asks again. The arrays
+    lie elsewhere."""
+
+    def __init__(self, allocator=None):
+        self._allocator, self.given_back = allocator, 0
+
     def malloc(self, size):
-        raise NotImplementedError("using_allocator only asks whose it is")
+        try:
+            return self._allocator(size)
+        except CUDARuntimeError:
+            self.given_back += 1
+            return self._allocator(size)
 
     def total_bytes(self):
         return 1 << 20
@@ -705,6 +733,7 @@ class Graph:
 
     def __init__(self):
         self.notes, self.new, self.outside = [], [], []
+        self.pool, self.given_back = _pools[-1], _pools[-1].given_back
 
     def note(self, function, arrays, writes):
         self.notes.append(function)
@@ -723,6 +752,8 @@ class Graph:
     def _run(self):
         if any(owner() is None for owner in self.outside):
             raise AssertionError("a graph is launched, and an array it uses is no more")
+        if self.pool.given_back != self.given_back:
+            raise AssertionError("a graph is launched, and its memory has been given back")
         for array in self.new:
             _poison(array)
         for function in self.notes:
@@ -854,6 +885,7 @@ def _modules():
     cuda.get_current_stream = lambda device_id=-1: Stream.current
     cuda.get_elapsed_time = lambda begin, end: 1.0  # ms
     cuda.MemoryPool, cuda.using_allocator, cuda.Graph = MemoryPool, using_allocator, Graph
+    cuda.Memory, cuda.MemoryPointer, Memory.refused = Memory, MemoryPointer, 0
     cuda.is_available = lambda: bool(Device.count)
     ours = {name: globals()[name] for name in _PUBLIC.split()}
     scalars = {name: getattr(np, name) for name in ("bool_", "float16", "float32", "float64", "int32", "int64")}
@@ -887,7 +919,7 @@ class _float_function:
 _PUBLIC = """
 ndarray ufunc where clip isneginf empty zeros ones full empty_like zeros_like ones_like arange array asarray
 ascontiguousarray asnumpy concatenate stack split take take_along_axis broadcast_to expand_dims meshgrid repeat
-flatnonzero argmax cumsum sort matmul einsum copyto
+flatnonzero argmax cumsum searchsorted sort matmul einsum copyto
 """
 _tell_everything()
 

@@ -173,7 +173,7 @@ class Function:
     def __init__(self, symbol, launched):
         self.symbol, self.launched, self.ptr = symbol, launched, id(symbol)
 
-    def __call__(self, grid, block, args, shared_mem=0, stream=None):
+    def __call__(self, grid, block, args, shared_mem=0, stream=None):  # None: the current stream
         self.launched.append((self.symbol, grid, block, args, shared_mem, stream))
 
 
@@ -191,13 +191,10 @@ class FakeDevice:
             load = lambda _, code: self.loaded.append(code)
             get_function = lambda _, symbol: Function(symbol, self.launched)
 
-        self.function = SimpleNamespace(Module=Module)
+        self.function, self.runtime = SimpleNamespace(Module=Module), SimpleNamespace(getDevice=lambda: 0)
 
     def Device(self, number=0):
         return SimpleNamespace(id=number, compute_capability="90", attributes={"MaxSharedMemoryPerBlockOptin": 232_448})
-
-    def get_current_stream(self):
-        return "stream"
 
 
 @pytest.fixture
@@ -221,8 +218,8 @@ def test_a_kernel_is_compiled_once_and_then_read_from_the_disk(gpu, tmp_path, mo
         source.launch("doubled<float>", (2, 3), 64, (x,), shared=100_000)
     assert gpu.loaded[0] == gpu.loaded[1] and gpu.loaded[0].startswith(b"\x7fELF")
     name, (first, second) = "_Z7doubledIfEvPT_", gpu.launched
-    assert first == (name, (2, 1, 1), (32, 1, 1), (x, np.uintp(0), np.int32(3)), 1, "stream")
-    assert second == (name, (2, 3, 1), (64, 1, 1), (x,), 100_000, "stream")
+    assert first == (name, (2, 1, 1), (32, 1, 1), (x, np.uintp(0), np.int32(3)), 1, None)
+    assert second == (name, (2, 3, 1), (64, 1, 1), (x,), 100_000, None)
     source.launch("doubled<float>", 1, 32, (x,), shared=60_000)
     assert gpu.allowed == [(8, 100_000)]  # once, and only what is more than a block gets anyway
     edited = source_of(DOUBLED.replace("+", "*"), tmp_path / "source", **{"doubled<float>": 16})
@@ -276,6 +273,22 @@ def test_wide_accesses_need_multiples_of_sixteen_bytes():
     y = np.zeros((4, 32 + 4), np.float32)
     assert cuda.wide(y[:, :16]) == (y.ctypes.data % 16 == 0)
     assert not cuda.wide(y[:, 1:17]) and not cuda.wide(y[:, :15])
+
+
+def test_an_array_of_another_layout_or_dtype_is_copied():
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    assert cuda.contiguous(x) is x is cuda.contiguous(x, np.float32)
+    for y, dtype in ((x[:, 1:], None), (x.T, np.float32), (x, np.float64), (x[::2], np.int32)):
+        found = cuda.contiguous(y, dtype)
+        assert found.flags.c_contiguous and found.dtype == (dtype or y.dtype) and np.array_equal(found, y)
+
+
+def test_a_number_without_a_size_is_refused(gpu, tmp_path):
+    source = source_of(DOUBLED, tmp_path, **{"doubled<float>": 16})
+    for number in (3, 0.5, True):
+        with pytest.raises(TypeError, match=rf"^some.cu, doubled<float>: argument 1 is {number}; give its type"):
+            source.launch("doubled<float>", 1, 32, (np.float64(1), number))
+    assert not gpu.launched
 
 
 def test_nvrtc_that_is_not_there_is_told(monkeypatch):

@@ -1,6 +1,7 @@
 """The memory-bound CUDA C++ kernels on a CPU that plays the GPU, against their references: at sizes around the borders
 of warps, blocks and 16-byte accesses, in two orders of the threads, and with faults that the same checks catch."""
 
+import math
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -123,7 +124,7 @@ def silu_backward(draw, *shape):
 def rope_rotate(draw, B, T, H, D):
     angles = draw.rng.uniform(0, 100, (T + 3, D // 2))
     cos, sin = (f(angles).astype(draw.weights)[2 : T + 2] for f in (np.cos, np.sin))
-    return rope.rotate, (draw.x(B, T, 3 * H, D)[:, :, H : 2 * H], cos, sin)
+    return rope.rotate, (draw.x(B, T, 3 * H, D)[:, :, H : 2 * H], cos, sin, max(1, H - 1), (-1) ** T)
 
 
 def embedding_forward(draw, N, V, D):
@@ -137,8 +138,21 @@ def embedding_backward(draw, N, V, D):
 
 
 def adamw_step(draw, n):
-    p, m, v, g = draw.f(4, n)
-    return adamw.step_inplace, (p, m, v * v, g)
+    p, m, v, g = (draw.f(n) for _ in range(4))  # each begins at a multiple of 16 bytes
+    return adamw.step_inplace, (p, m, v * v, g), ADAMW
+
+
+def adamw_runs(draw, n, *borders):
+    """Runs with schedules that have nothing to do with each other."""
+    schedule = draw.rng.uniform(0.5, 2, (len(borders) + 1, 3)).astype(np.float32)
+    runs = {"schedule": schedule, "borders": np.array(borders, np.int64)}
+    return *adamw_step(draw, n)[:2], {name: ADAMW[name] for name in ("beta1", "beta2", "eps", "scale")} | runs
+
+
+def adamw_advance(draw, runs):
+    rates, steps = draw.rng.uniform(0, 0.1, (runs, 2)), draw.rng.integers(0, 100, 1).astype(np.int32)
+    arguments = np.zeros((runs, 3), draw.dtype), rates, steps, np.ones(1, np.float32)
+    return adamw.advance_inplace, arguments, {"beta1": 0.9, "beta2": 0.95}
 
 
 def sum_of_squares(draw, n):
@@ -182,6 +196,8 @@ SIZES = {
         "single": [(67, 50, 7), (1024, 3, 1), (33, 1100, 5)],
     },
     adamw_step: {"": [(0,), (1,), (3,), (4,), (2047,), (2048,), (4099,)]},
+    adamw_runs: {"": [(7, 3), (9, 8), (2048, 0, 1020, 1021, 1022, 1027), (5000, 2048, 2050, 2050, 4098, 4999)]},
+    adamw_advance: {"": [(0,), (1,), (32,), (70,)]},
     sum_of_squares: {"": [(0,), (1,), (7,), (4096,), (4099,), (70001,)]},
 }
 
@@ -233,8 +249,8 @@ def check_sizes(make, dtype, path, weights=np.float32, edits=None):
     """Every size against the definition, and the same bits from both orders of the threads."""
     shared_limit = (4 if path.endswith("long") else 226) << 10
     for seed, size in enumerate(SIZES[make][path]):
-        kernel, args = make(Draw(TYPES[dtype], weights, seed), *size)
-        kwargs = ADAMW if kernel is adamw.step_inplace else {}
+        kernel, args, *kwargs = make(Draw(TYPES[dtype], weights, seed), *size)
+        kwargs = dict(*kwargs)
         results = cuda_results(kernel, args, kwargs, Cpu("forward", edits, shared_limit=shared_limit))
         check(kernel, args, kwargs, results)
         others = cuda_results(kernel, args, kwargs, Cpu("reversed", edits, shared_limit=shared_limit))
@@ -258,6 +274,8 @@ DEFAULT = {
     (embedding_forward, "float32", "single"),
     (embedding_backward, "bfloat16", "wide"),
     (adamw_step, "float32", ""),
+    (adamw_runs, "float32", ""),
+    (adamw_advance, "float32", ""),
     (sum_of_squares, "float32", ""),
     (gelu_tanh, "bfloat16", "wide"),
 }
@@ -269,7 +287,7 @@ CASES = [
     )
     for make, paths in SIZES.items()
     for dtype in TYPES
-    if not (make is adamw_step and dtype != "float32")
+    if not (make in (adamw_step, adamw_runs) and dtype != "float32")
     for path in paths
 ]
 
@@ -302,12 +320,13 @@ FAULTS = {
         ("cross_entropy.cu", "fmaxf(d, FLOOR)", "d"),  # p x of a forbidden token
     ],
     (cross_entropy_inplace, "float32", "wide, blocks"): [
-        ("cross_entropy.cu", "if (j0 + u * STEP < V) use", "if (j0 + u * STEP <= V) use"),
+        ("cross_entropy.cu", "if (j0 + u * STEP < end) use", "if (j0 + u * STEP <= end) use"),
         ("cross_entropy.cu", "target - j < N)", "target - j < N - 1)"),
         ("cross_entropy.cu", "fmaxf(x, FLOOR)", "x"),
     ],
     (cross_entropy_fused, "float32", "wide, long"): [
-        ("cross_entropy.cu", "j < staged ? load_pack<N>(stage + j) :", "j <= staged ? load_pack<N>(stage + j) :"),
+        ("cross_entropy.cu", "(0, staged, [&]", "(0, V, [&]"),
+        ("cross_entropy.cu", "(staged, V, [&]", "(staged + N, V, [&]"),
         ("cross_entropy.cu", "if (j < staged) store_pack", "if (j <= staged) store_pack"),
         ("cross_entropy.cu", "fmaf(z[i], lse, a[i])", "a[i]"),
     ],
@@ -334,7 +353,9 @@ FAULTS = {
     ],
     (swiglu_backward, "float32", "wide"): [("swiglu.cu", "ups[u].v[k]) * (1 + a", "ups[u].v[k]) * (1 - a")],
     (rope_rotate, "bfloat16", "wide"): [
-        ("rope.cu", "b * c.v[k] + a * s.v[k]", "b * c.v[k] - a * s.v[k]"),
+        ("rope.cu", "b * c.v[k] + a * sine", "b * c.v[k] - a * sine"),
+        ("rope.cu", "pair / half < heads", "pair / half < H"),
+        ("rope.cu", "sine = way * s.v[k]", "sine = s.v[k]"),
         ("rope.cu", "(i % length) * half", "(i % tokens) * half"),
     ],
     (embedding_backward, "bfloat16", "wide"): [
@@ -352,6 +373,14 @@ FAULTS = {
         ),
         ("adamw.cu", "beta2 * v + rest2 * g * g", "beta2 * v + rest2 * g"),
     ],
+    (adamw_runs, "float32", ""): [
+        ("adamw.cu", "borders[middle] <= j", "borders[middle] < j"),
+        ("adamw.cu", "while (j >= end)", "if (j >= end)"),
+        ("adamw.cu", "run.follow(j + k)", "run.follow(j)"),
+        ("adamw.cu", "        run.find(j);\n", ""),
+        ("adamw.cu", "end = run < last ? borders[run] : n", "end = borders[run]"),
+    ],
+    (adamw_advance, "float32", ""): [("adamw.cu", "__syncwarp();", ""), ("adamw.cu", "run += 32", "run += 64")],
     (sum_of_squares, "float32", ""): [("adamw.cu", "j0 += LOADS * stride", "j0 += stride")],
     (gelu_tanh, "bfloat16", "wide"): [("gelu.cu", "  s = u2 >= 0", "  s = u2 < 0")],
     (gelu_tanh_backward, "float32", "wide"): [("gelu.cu", "rest = u2 >= 0", "rest = u2 < 0")],
@@ -436,62 +465,78 @@ def test_the_embedding_gradient_counts_every_token_once():
     assert np.abs(exact).max() <= 256 and np.array_equal(dweight.astype(np.float64), exact)
 
 
-@pytest.mark.parametrize("version", ["reference", "numba", "cuda"])
-def test_adamw_takes_a_scale_on_the_device_and_writes_a_copy(version):
-    def run(scale, copy):
-        _, arrays = adamw_step(Draw(np.float32), 67)
+VERSIONS = pytest.mark.parametrize("version", ["reference", "numba", "cuda"])
+
+
+@VERSIONS
+def test_adamw_takes_a_scale_on_the_device(version):
+    def run(scale):
+        _, arrays, constants = adamw_step(Draw(np.float32), 67)
         with on_cpu():
-            adamw.step_inplace.version(version)(*arrays, **ADAMW | {"scale": scale}, copy=copy)
+            adamw.step_inplace.version(version)(*arrays, **constants | {"scale": scale})
         return arrays[:3]
 
-    copy = np.full(67, 7, BF16)
-    expected, before = run(0.25, None), adamw_step(Draw(np.float32), 67)[1][:3]
-    for x, y in zip(expected, run(np.array([0.25], np.float32), copy), strict=True):
+    expected, before = run(0.25), adamw_step(Draw(np.float32), 67)[1][:3]
+    for x, y in zip(expected, run(np.array([0.25], np.float32)), strict=True):
         assert np.array_equal(x, y)
-    assert np.array_equal(copy, expected[0].astype(BF16)) and not np.array_equal(expected[0], before[0])
+    assert not np.array_equal(expected[0], before[0])
     for broken in (np.inf, np.nan):
         for scale in (float(broken), np.array([broken], np.float32)):
-            kept = copy.copy()
-            for x, y in zip(before, run(scale, kept), strict=True):
+            for x, y in zip(before, run(scale), strict=True):
                 assert np.array_equal(x, y)
-            assert np.array_equal(kept, copy)
-    with pytest.raises(ValueError, match="copy in bfloat16"):
-        adamw.numba_inplace(*adamw_step(Draw(np.float32), 67)[1], **ADAMW, copy=np.zeros(67, np.float32))
 
 
-@pytest.mark.parametrize("version", ["reference", "numba", "cuda"])
-def test_adamw_takes_its_changing_numbers_from_memory(version):
-    """The same bits as from numbers, which a CUDA graph could not change."""
-    own = {name: ADAMW[name] for name in ("beta1", "beta2", "eps", "scale")}
-    rest = (ADAMW[name] for name in ("lr", "beta1", "beta2", "weight_decay", "step"))
-    schedule = np.array(adamw.schedule_of(*rest), np.float32)
-    found = []
-    for options in (ADAMW, {**own, "schedule": schedule}):
-        _, arrays = adamw_step(Draw(np.float32), 67)
+@VERSIONS
+def test_updates_are_counted_where_they_are_made(version):
+    """The schedule is that of `schedule_of`, to the last bit, and an update that is left out has the next one's."""
+    rng, steps, wanted = np.random.default_rng(0), np.zeros(1, np.int32), 0
+    schedule, rates = np.full((40, 3), np.nan, np.float32), rng.uniform(0, 0.1, (40, 2))
+    for scale in (1.0, math.nan, 0.5, math.inf, 1e-30, -math.inf, *[1.0] * 100):
         with on_cpu():
-            adamw.step_inplace.version(version)(*arrays, **options)
-        found.append(arrays)
-    for a, b in zip(*found, strict=True):
-        assert np.array_equal(a, b) if version != "reference" else np.allclose(a, b, rtol=1e-6)
+            advance = adamw.advance_inplace.version(version)
+            advance(schedule, rates, steps, np.full(1, scale, np.float32), beta1=0.9, beta2=0.999)
+        rows = [adamw.schedule_of(lr, 0.9, 0.999, decay, wanted + 1) for lr, decay in rates.tolist()]
+        assert np.array_equal(schedule, np.array(rows, np.float32))
+        wanted += math.isfinite(scale)
+        assert steps.tolist() == [wanted]
 
 
-@pytest.mark.slow
-def test_adamw_on_memory_that_16_byte_accesses_do_not_fit():
-    aligned = [x.copy() for x in adamw_step(Draw(np.float32), 4099)[1]]
-    shifted = [np.concatenate([x[:1], x])[1:] for x in aligned]
+@VERSIONS
+def test_adamw_updates_runs_as_if_each_were_alone(version):
+    """The same bits, wherever the borders are: a pack of 16 bytes may have any number of them."""
+    rng = np.random.default_rng(0)
+    for n, count in [(1, 1), (4, 9), (67, 3), (1030, 200), (4099, 5), (5000, 40)]:
+        for near in (0, n // 2):  # all over the array, or within a few elements
+            borders = np.sort(rng.integers(near, min(near + 12, n) if near else n, count)).tolist()
+            _, arrays, constants = adamw_runs(Draw(np.float32, seed=n), n, *borders)
+            alone = [x.copy() for x in arrays]
+            with on_cpu():
+                update = adamw.step_inplace.version(version)
+                update(*arrays, **constants)
+                for begin, end, row in zip([0, *borders], [*borders, n], constants["schedule"], strict=True):
+                    own = constants | {"schedule": row[None], "borders": None}
+                    update(*(x[begin:end] for x in alone), **own)
+            assert all(np.array_equal(x, y) for x, y in zip(arrays, alone, strict=True))
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_adamw_on_memory_that_16_byte_accesses_do_not_fit(which):
+    _, aligned, constants = adamw_runs(Draw(np.float32), 4099, 1, 700, 701, 4097)
+    shifted = [x.copy() for x in aligned]
+    shifted[which] = np.concatenate([shifted[which][:1], shifted[which]])[1:]
     backend = Cpu()
     with on_cpu(backend):
-        adamw.cuda_inplace(*aligned, **ADAMW)
-        adamw.cuda_inplace(*shifted, **ADAMW)
+        adamw.cuda_inplace(*aligned, **constants)
+        adamw.cuda_inplace(*shifted, **constants)
     assert [instance for _, instance in backend.launched] == ["step<4>", "step<1>"]
     assert all(np.array_equal(x, y) for x, y in zip(aligned, shifted, strict=True))
 
 
-@pytest.mark.parametrize("make", [make for make in SIZES if make is not adamw_step], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [m for m in SIZES if m not in (adamw_step, adamw_runs)], ids=lambda f: f.__name__)
 def test_float64_is_refused(make):
-    kernel, args = make(Draw(np.float64), *next(iter(SIZES[make].values()))[0])
+    kernel, args, *kwargs = make(Draw(np.float64), *next(iter(SIZES[make].values()))[0])
     with pytest.raises(TypeError, match="the CUDA kernels take float32, bfloat16, float16"):
-        cuda_results(kernel, args or (np.zeros(3),), {})
+        cuda_results(kernel, args or (np.zeros(3),), dict(*kwargs))
 
 
 def test_adamw_refuses_what_is_not_float32():

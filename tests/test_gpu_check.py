@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from minillm.kernels import cuda
+
 SCRIPT = Path(__file__).parents[1] / "scripts/gpu_check.sh"
 PYTHON = """#!/usr/bin/env bash
-[ "$1" = -c ] && exit 0
-echo "$*" >> "$CALLS"
+case "$2" in
+    *check_device*) exit 0 ;;
+esac
+echo "${*//$'\\n'/; }" >> "$CALLS"
 case "$*" in
     *"$FAILS"*) exit 3 ;;
     *"$HANGS"*) sleep 60 ;;
@@ -42,12 +46,23 @@ def check(tmp_path):
 def test_every_part_is_run_and_what_passed_is_not_run_again(check):
     status, printed, calls = check(fails="--dtype float32")
     assert status == 1 and "FAILED: kernels-float32 (3)\n" in printed and "all parts passed" not in printed
-    assert [call.split()[0] for call in calls] == ["-m"] + ["scripts/bench_kernels.py"] * 2 + [
+    assert [call.split()[0] for call in calls] == ["-c", "-m"] + ["scripts/bench_kernels.py"] * 2 + [
         "scripts/bench_training.py"
     ] * 5 + ["scripts/bench_kernels.py"]
     status, printed, calls = check()
-    assert status == 0 and printed.endswith("all parts passed\n") and printed.count("passed before") == 9
+    assert status == 0 and printed.endswith("all parts passed\n") and printed.count("passed before") == 10
     assert len(calls) == 1 and "--dtype float32 --check --json" in calls[0]
+
+
+def test_all_kernels_are_compiled_before_the_first_is_launched(check, monkeypatch, capsys):
+    """The very text that is run, on a compiler that only notes what it is asked for."""
+    ahead = []
+    monkeypatch.setattr(cuda, "compile_ahead", ahead.extend)
+    exec(re.search(r"^compile_all='(.*?)'$", SCRIPT.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)[1], {})
+    assert sorted(source.name for source in ahead) == sorted(path.name for path in cuda.FOLDER.glob("*.cu"))
+    assert f" instances of {len(ahead)} files\n" in capsys.readouterr().out
+    _, printed, calls = check(fails="compile_ahead")
+    assert "compile_ahead" in calls[0] and "FAILED: compile (3)\n" in printed and len(calls) == 10
 
 
 def test_without_a_gpu_it_says_so_and_begins_nothing(tmp_path):
@@ -59,5 +74,5 @@ def test_without_a_gpu_it_says_so_and_begins_nothing(tmp_path):
 
 def test_a_part_that_hangs_ends_with_the_time(check):
     status, printed, calls = check(hangs="pytest", seconds=3)
-    assert status == 1 and len(calls) == 1
+    assert status == 1 and len(calls) == 2
     assert re.search(r"FAILED: device \(cut off after \d s\)\nFAILED: kernels-bfloat16 \(no time left\)\n", printed)

@@ -106,6 +106,46 @@ def test_an_error_in_the_function_leaves_everything_as_it_was(good, cupy):
     assert fake_cupy.Graph.launched == 2 + good
 
 
+@pytest.mark.parametrize("where", ["first call", "recording", "recording, and ever after", "an error"])
+def test_where_memory_is_full_other_recordings_are_made_again(where, cupy):
+    """The pool then gives back what is free: what the other recordings work in, and what this one had before."""
+    told, full = [], []
+
+    def function(x):
+        told.append(x.shape)
+        y = x + 1
+        fake_cupy.Memory.refused = bool(full)
+        y = y * 2
+        if where == "an error" and full:
+            raise RuntimeError("as it may")
+        return (y,)
+
+    def call(size):
+        assert graph(np.full(size, float(size)))[0].get().tolist() == [2 * size + 2] * size
+
+    graph = Graph(function)
+    for size in (1, 1, 2, 2, 3):
+        call(size)
+    told.clear()
+    full.append(True)
+    if where == "an error":
+        with pytest.raises(RuntimeError, match="as it may"):
+            call(4)
+    else:
+        call(4 if where == "first call" else 3)
+    if where != "recording, and ever after":
+        full.clear()
+    for size in (1, 2, 2, 3, 1, 3):
+        call(size)
+    again = {  # a shape is asked of the function twice, once to record it and once because that failed
+        "first call": [(4,), (1,), (2,), (3,)],
+        "recording": [(3,), (3,), (1,), (2,), (3,)],
+        "recording, and ever after": [(n,) for n in (3, 3, 1, 1, 2, 2, 2, 2, 3, 3, 1, 1, 3, 3)],
+        "an error": [(4,), (1,), (2,), (3,)],
+    }
+    assert told == again[where]
+
+
 # ------------------------------------------------------------------ what the stand-in refuses
 
 
@@ -148,6 +188,15 @@ def test_an_array_that_is_no_more_is_seen(cupy):
         graph(np.ones(1))
     held[0] = cupy.ones(1)
     with pytest.raises(AssertionError, match="no more"):
+        graph(np.ones(1))
+
+
+def test_memory_that_was_given_back_is_seen(cupy):
+    graph = Graph(lambda x: (x + 1,))
+    for _ in range(3):
+        graph(np.ones(1))
+    graph._pool.given_back += 1
+    with pytest.raises(AssertionError, match="given back"):
         graph(np.ones(1))
 
 
@@ -248,7 +297,7 @@ def test_a_recorded_update_leaves_out_what_is_not_finite(bad, cupy, monkeypatch)
     lost = cupy.zeros(())  # what the loss is off by, and the gradient does not know of
     monkeypatch.setattr(recorded_module, "number", lambda x: device.number(x) + lost)
     model = build(Config(vocab_size=V, **SMALL)).to("cuda")
-    update = RecordedUpdate(model, AdamW(model.parameters), 0, 1.0)
+    update = RecordedUpdate(model, optimizer := AdamW(model.parameters), 0, 1.0)
     for step, batch in enumerate(batches(np.random.default_rng(3), 4)):
         before = model.flat.get()
         wrong, right = (lost, 0.0) if bad == "loss" else (model.flat[7:8], before[7].item())
@@ -259,6 +308,7 @@ def test_a_recorded_update_leaves_out_what_is_not_finite(bad, cupy, monkeypatch)
         if step == 2:
             wrong[...] = right
         assert np.array_equal(model.flat.get(), before) == (step == 2) and not model.flat_grad.get().any()
+        assert optimizer.steps == step + (step < 2)
 
 
 def test_bad_input_is_told_before_it_reaches_the_gpu(cupy):

@@ -48,6 +48,23 @@ def test_merged_runs_equal_one_update_per_parameter():
     assert not np.array_equal(one.flat, other.flat)
 
 
+def test_runs_of_several_memories_equal_one_update_per_parameter():
+    rng = np.random.default_rng(1)
+    memories, gradients = rng.standard_normal((2, 3, 9)).astype(np.float32)
+    shared, alone = {}, {}
+    for i, (memory, gradient) in enumerate(zip(map(np.array, memories), map(np.array, gradients), strict=True)):
+        for name, part, shape in (("vector", slice(0, 7), (7,)), ("matrix", slice(7, 9), (1, 2))):
+            data, grad = memory[part].reshape(shape), gradient[part].reshape(shape)
+            shared[f"{i} {name}"], alone[f"{i} {name}"] = Tensor(data, True), Tensor(data.copy(), True)
+            shared[f"{i} {name}"].grad, alone[f"{i} {name}"].grad = grad, grad.copy()
+    optimizer = AdamW(shared, lr=0.1, weight_decay=0.5)
+    assert len(optimizer.runs) == 6 and len(optimizer.stretches) == 3
+    optimizer.step()
+    for name, p in alone.items():
+        AdamW({name: p}, lr=0.1, weight_decay=0.5).step()
+        assert np.array_equal(shared[name].data, p.data)
+
+
 def spans(model):
     ends = np.cumsum([p.size for p in model.parameters.values()])
     return zip([0, *ends[:-1]], ends, strict=True)
@@ -98,6 +115,22 @@ def test_a_rule_gives_some_parameters_another_rate():
         assert not np.array_equal(p.data, start.parameters[name].data)
 
 
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_an_update_that_is_left_out_is_none(scale):
+    """The one after it has its number, whose corrections of the moments' bias are the largest."""
+    found = []
+    for scales in ([0.5, 2.0], [scale, 0.5, scale, scale, 2.0]):
+        w = Tensor(np.ones((3, 2), np.float32), True)
+        optimizer = AdamW({"w": w}, lr=0.1)
+        for s in scales:
+            w.grad[...] = 0.3 if math.isfinite(s) else 7
+            optimizer.step(scale=s)
+        assert optimizer.steps == optimizer.state_dict()["steps"] == 2
+        found.append([w.data, optimizer.m, optimizer.v])
+    for a, b in zip(*found, strict=True):
+        assert np.array_equal(a, b)
+
+
 def test_frozen_parameters_stay_and_nothing_to_train_is_an_error():
     a, b = Tensor(np.ones((2, 2)), True), Tensor(np.ones((2, 2)))
     optimizer = AdamW({"a": a, "b": b}, lr=0.1)
@@ -142,7 +175,7 @@ def test_schedules_rise_then_fall_to_the_floor(schedule, floor):
     assert all(a > b for a, b in pairwise(rates[10:]))
     assert math.isclose(rates[-1], 2 * floor, abs_tol=1e-12)
     assert schedule(100, 100, lr=2.0, floor=floor) == pytest.approx(2 * floor)  # and stays there
-    assert schedule(0, 1, lr=2.0) == 2
+    assert schedule(0, 1, lr=2.0) == 2 == schedule(9, 10, lr=2.0, warmup=9, floor=floor)  # no step left to fall in
 
 
 def test_it_minimises():

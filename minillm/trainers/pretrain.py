@@ -162,7 +162,7 @@ def train(config):
             if not batch.mask.any():
                 continue  # nothing to learn from: an update would only apply the weight decay
             if config.cuda_graph:
-                run.updated(optimizer, recorded(batch, run.lr), tokens=batch.x.size)
+                run.updated(recorded(batch, run.lr), tokens=batch.x.size)
             else:
                 loss = next_token_backward(model, batch, config.micro_batch_size, config.workers)
                 run.update(optimizer, {"loss": loss}, tokens=batch.x.size)

@@ -40,17 +40,17 @@ class RecordedUpdate:
         check_ids("targets", batch.y[batch.mask], vocabulary)
         start = checked_start(batch.start, *batch.start.shape, batch.start)
         inputs = batch.x, start, *targets_and_weights(self.model, batch, max(1, int(batch.mask.sum())))
-        loss, norm = self.graph(*inputs, self.optimizer.schedule(lr))
+        loss, norm = self.graph(*inputs, self.optimizer.rates(lr))
         return {"loss": loss, "grad_norm": norm}
 
     def _update(self, *inputs):
-        *inputs, schedule = inputs
+        *inputs, rates = inputs
         total = 0.0
         for part in parts(Inputs(*inputs), self.size):
             loss = weighted_loss(self.model, *part)
             loss.backward()
             total = total + number(loss.data)
         norm = self.optimizer.grad_norm()
-        self.optimizer.step_scheduled(schedule, gpu_clip_scale(norm, self.longest, total))
+        self.optimizer.step_at(rates, gpu_clip_scale(norm, self.longest, total))
         self.optimizer.zero_grad()
         return total, norm

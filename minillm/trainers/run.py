@@ -247,7 +247,6 @@ class Update(NamedTuple):
     """An update whose numbers are not read yet."""
 
     step: int
-    optimizer: object  # if it has counted this update though the GPU may have left it out; else None
     numbers: object  # function() -> {metric: float}, with the gradient's norm under `norm`
     norm: str
     lr: float
@@ -391,6 +390,9 @@ class Run:
 
     def _restore(self, manifest, arrays):
         folder = self.checkpoints.path(manifest["step"])
+        if manifest["step"] > self.total:
+            told = f"{manifest['step']:,} updates, and these settings make {self.total:,}"
+            raise ValueError(f"{folder} has seen {told}: go on with a larger --tokens, --epochs or --episodes")
         theirs = manifest["identity"]
         other = [name for name in self.identity | theirs if self.identity.get(name) != theirs.get(name)]
         if other:
@@ -441,7 +443,7 @@ class Run:
 
     def load_best(self):
         """With --keep-best: the weights of the best evaluation into the model; otherwise nothing."""
-        if self.best is None or self.best[1] == self.done:
+        if not self.settings.keep_best or self.best is None or self.best[1] == self.done:
             return
         value, step = self.best
         try:
@@ -493,15 +495,15 @@ class Run:
         elif _finite(norm, loss):
             optimizer.step(lr, clip_scale(norm, longest))
         optimizer.zero_grad()
-        self.updated(optimizer, {**metrics, f"{prefix}grad_norm": norm}, tokens, lr, prefix)
+        self.updated({**metrics, f"{prefix}grad_norm": norm}, tokens, lr, prefix)
 
-    def updated(self, optimizer, metrics, tokens=0, lr=None, prefix=""):
+    def updated(self, metrics, tokens=0, lr=None, prefix=""):
         """`update` where the update has been made: the rest of it. `metrics` has grad_norm, with its prefix."""
         self.count(tokens)
         name, numbers = f"{prefix}grad_norm", later(metrics)
         on_gpu = device_of(metrics[name]) == "cuda"
-        counted, lr = optimizer if on_gpu else None, self.lr if lr is None else lr
-        self.updates.append(Update(self.step, counted, numbers, name, lr, self._batch(), self.sums))
+        lr = self.lr if lr is None else lr
+        self.updates.append(Update(self.step, numbers, name, lr, self._batch(), self.sums))
         self._read(1 if on_gpu else 0)
 
     def _read(self, left):
@@ -514,8 +516,6 @@ class Run:
                 self.add({**metrics, learning_rate: update.lr}, update.sums)
             elif self.settings.on_nan == "skip":
                 self.skipped += 1
-                if update.optimizer is not None:
-                    update.optimizer.steps -= 1
             else:
                 norm = metrics.pop(update.norm)
                 told = "".join(f", {name} is {short_number(value)}" for name, value in metrics.items())
@@ -559,7 +559,8 @@ class Run:
         shown = {"loss": f"{row['loss']:.4f}"} if "loss" in row else {}
         self.bar.set_postfix({**shown, "tok/s": f"{row['tokens_per_second']:,}"}, refresh=False)
         self.last = {name: row[name] for name in ("loss", "learning_rate", "tokens_per_second") if name in row}
-        if self.bar.disable and due.step < self.total and time.perf_counter() - self.told > QUIET:
+        looks = due.step % self.settings.eval_every == 0 or due.step == self.total  # tells these numbers, and more
+        if self.bar.disable and not looks and time.perf_counter() - self.told > QUIET:
             self._tell(due.step, self.last)
 
     def _tell(self, step, metrics):
