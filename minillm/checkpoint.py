@@ -30,7 +30,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from .kernels.device import to_host
+from .kernels.device import to_host, upcast
 
 try:
     import fcntl
@@ -60,7 +60,7 @@ def sync(path):
     such thing."""
     if path.is_dir() and os.name != "posix":
         return
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)  # Windows syncs what may be written
     try:
         os.fsync(handle)
     except OSError as error:
@@ -129,7 +129,7 @@ def write(folder, step, arrays, state, identity, dress=None):
     for name, value in {"state": state, "identity": identity}.items():
         _check_json(f"{folder}: {name}", value)
     host = {name: np.asarray(to_host(array), order="C") for name, array in arrays.items()}
-    for name, array in host.items():
+    for name, array in ((name, upcast(array)) for name, array in host.items()):  # bfloat16's kind is no float's
         if array.dtype.kind in "fc" and not np.isfinite(array).all():
             raise NotFinite(f"{name} is not finite after update {step}: it is not saved, and {folder.parent} is kept")
     new = folder.with_name(HIDDEN[0] + folder.name)
@@ -305,10 +305,12 @@ def sha256(path):
 class Checkpoints:
     """The checkpoints in a folder: `save`, `newest`, and the rotation between them.
 
-    keep  how many of the newest ones stay; the best one stays besides, where there is a best
+    keep  how many of the newest ones stay, at least 1; the best one stays besides, where there is a best
     """
 
     def __init__(self, folder, keep=2):
+        if keep < 1:
+            raise ValueError(f"at least 1 checkpoint has to be kept, and keep is {keep}")
         self.folder, self.keep = Path(folder), keep
 
     def path(self, step):
@@ -424,7 +426,8 @@ def locked(folder):
         mine, data = True, json.dumps(me).encode()
         try:
             os.truncate(handle, 0)
-            os.pwrite(handle, data, 0)
+            os.lseek(handle, 0, os.SEEK_SET)
+            os.write(handle, data)
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror}, with {len(data)} bytes to write", str(path)) from None
         yield
@@ -467,8 +470,9 @@ def _open_lock(path):
 
 def _holder(handle):
     """What a lock file says about who has it, {} where it says nothing."""
+    os.lseek(handle, 0, os.SEEK_SET)  # os.pread and os.pwrite are not on Windows
     try:
-        found = json.loads(os.pread(handle, 1000, 0))
+        found = json.loads(os.read(handle, 1000))
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -141,6 +141,7 @@ def adapted_linear(x, A=None, *B, needs, weight, bias=None, columns=(), scale=1.
     dx = g W + v A with v_p = s g_p B_p, dA = v^T x, dB_p = s g_p^T u_p: B's module sees the columns g_p of g alone.
     dA and dB_p have at least 32 bits (`functional.linear`).
     Keeps x, s u, A, B and W as it is stored: NF4 becomes an array again, for dx, and is dropped again.
+    Example: adapted_linear(randn(B, K), randn(P, K), randn(M, P), weight=randn(M + N, K), columns=[slice(M)], scale=2)
     """
     (N, K), lead, rows = weight.shape, x.shape[:-1], math.prod(x.shape[:-1])
     flat = x.reshape(rows, K)
@@ -344,19 +345,6 @@ def switched_off(model):
 def merge(model):
     """A plain model that computes the same, to rounding: W + s B A, and the trained head. Of a quantised matrix, W is
     what its four bits say, because that is what the adapter was trained with."""
-    return _plain(model, 1)
-
-
-def unmerge(model):
-    """What a merged model was made from, to rounding: W - s B A, where W is the merged model's, and `model` is that one
-    with the adapter beside it (load_adapter). What the head was before, nobody noted: it stays.
-
-    Of a model that was not merged, nothing has to be undone: its own weights are untouched (`switched_off`).
-    """
-    return _plain(model, -1)
-
-
-def _plain(model, sign):
     adapter = model.adapter
     if adapter is None:
         raise ValueError("the model has no adapter")
@@ -368,7 +356,7 @@ def _plain(model, sign):
         plain.used[f"{name}.weight"].data[...] = dense.T if model.transposed else dense
     for module in adapter.modules:
         A, B = (model.parameters[PREFIX + module + kind].data.astype(np.float64) for kind in (_A, _B))
-        update, w = sign * adapter.scale * (B @ A), plain.parameters[f"{module}.weight"].data
+        update, w = adapter.scale * (B @ A), plain.parameters[f"{module}.weight"].data
         w[...] = w + (update.T if model.transposed else update)
     if HEAD in model.used:
         plain.parameters[HEAD].data[...] = model.used[HEAD].data

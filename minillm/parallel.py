@@ -14,6 +14,7 @@ How rows are shared depends on `workers` alone, and inside a share everything ru
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 
 from threadpoolctl import ThreadpoolController
 
@@ -39,7 +40,8 @@ def in_shares(model, function, batch, workers):
     shares = [share for first in range(workers) if rows_of(share := _every(batch, first, workers))]
     models = [model, *(model.twin() for _ in shares[1:])]
     with _blas().limit(limits=1), ThreadPoolExecutor(workers - 1) as pool:
-        others = [pool.submit(compute, *pair) for pair in zip(models[1:], shares[1:], strict=True)]
+        # in copies of the caller's context, because no_grad is a matter of one
+        others = [pool.submit(copy_context().run, compute, *pair) for pair in zip(models[1:], shares[1:], strict=True)]
         found = [compute(model, share) for share in shares[:1]]
         found += [other.result() for other in others]
     for twin in models[1:]:

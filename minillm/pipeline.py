@@ -37,7 +37,7 @@ from .data.conversations import (
     read_prompts,
 )
 from .data.prepare import Prepare, prepare, table
-from .data.readers import Bad
+from .data.readers import Bad, find_sources, read
 from .extras import extra
 from .kernels.device import check_device
 from .report import (
@@ -227,10 +227,10 @@ class PipelineConfig:
 
 
 class Stage:
-    """What a stage can use: the settings, the folders, its own part of the recipe."""
+    """What a stage can use: the settings, the folders, its own part of the recipe, the rows of the user's files."""
 
-    def __init__(self, config, name):
-        self.config, self.name = config, name
+    def __init__(self, config, name, rows=None):
+        self.config, self.name, self.rows = config, name, rows
         self.told = config.recipe.get(name, {})
         self.folder = config.out / name
 
@@ -270,18 +270,28 @@ class Stage:
 
 
 def make_data(stage):
-    """The atlas; or a look at every row of the user's files, so that a mistake in the last one is told now."""
+    """The atlas; or what has been found in the user's files."""
     if not stage.config.own_data:
         record = atlas.write(stage.folder, stage.config.seed, **stage.told)
         sides, files = record["sides"], record["files"]
         print(f"{sum(sides.values()):,} facts: " + ", ".join(f"{n:,} {side}" for side, n in sides.items()))
         return {name: file["rows"] for name, file in files.items()} | {"facts": sum(sides.values())}
-    found = {}
-    readers = {"sft_data": read_conversations, "preference_data": read_preferences, "prompts": read_prompts}
-    for name, read in readers.items():
-        found[name] = len(read_files(getattr(stage.config, name), read, Bad(stage.config.skip_bad)))
     stage.folder.mkdir(parents=True, exist_ok=True)
-    print(", ".join(f"{name.replace('_', ' ')}: {rows:,} rows" for name, rows in found.items()))
+    print(", ".join(f"{name.replace('_', ' ')}: {rows:,} rows" for name, rows in stage.rows.items()))
+    return stage.rows
+
+
+def count_rows(config):
+    """{option: rows} of the user's files, each read to its end by the reader of its stage. ValueError: what that one
+    would say, or there is no row; so a mistake in the last line of the last file is told before the first stage."""
+    readers = {"sft_data": read_conversations, "preference_data": read_preferences, "prompts": read_prompts}
+    texts = read(find_sources(config.pretrain_data), bad=Bad(config.skip_bad))
+    found = {"pretrain_data": sum(1 for _ in texts)}
+    for name, reader in readers.items():
+        found[name] = len(read_files(getattr(config, name), reader, Bad(config.skip_bad)))
+    for name, rows in found.items():
+        if not rows:
+            raise ValueError(f"--{name.replace('_', '-')}: no row can be used: it is empty")
     return found
 
 
@@ -491,12 +501,13 @@ def run(config):
         for path in getattr(config, name):
             if not path.is_file():
                 raise ValueError(f"{path}: no such file")
-    read_notes(config)  # what is wrong is told before anything is touched
+    notes = read_notes(config)  # what is wrong is told before anything is touched
+    rows = count_rows(config) if config.own_data and "data" not in notes["stages"] else None
     with locked(config.out):
-        return _stages(config)
+        return _stages(config, rows)
 
 
-def _stages(config):
+def _stages(config, rows):
     notes = read_notes(config)
     for name in config.repeated:
         shutil.rmtree(config.out / name, ignore_errors=True)
@@ -506,14 +517,20 @@ def _stages(config):
             print(f"[{number}/{len(STAGES)}] {name}: done before, in {duration(notes['stages'][name]['seconds'])}")
             continue
         print(f"\n[{number}/{len(STAGES)}] {name}", flush=True)
-        begin = time.perf_counter()
         reset_peak_memory()
-        stage = Stage(config, name)
-        # What a run left that was stopped; a trainer goes on with it.
+        stage = Stage(config, name, rows)
+        # What a run left that was stopped; a trainer goes on with it, and with the time that it has taken.
+        spent = notes.pop("spent", {}).get(name, 0.0) if stage.begun and config.resume else 0.0
         for left in (stage.folder, stage.folder.with_name(f"{name}.partial")):
             if not (stage.begun and config.resume):
                 shutil.rmtree(left, ignore_errors=True)
-        found = MAKE[name](stage)
+        begin = time.perf_counter() - spent
+        try:
+            found = MAKE[name](stage)
+        except BaseException:
+            with contextlib.suppress(OSError):  # of a full disk, which is told
+                write_json(config.out / NOTES, notes | {"spent": {name: time.perf_counter() - begin}})
+            raise
         done = {"seconds": time.perf_counter() - begin, "peak_memory": peak_memory()}
         notes["stages"][name] = done | found
         write_json(config.out / NOTES, notes)

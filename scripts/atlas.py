@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+import scripts.command_line as command_line
 from minillm.data import atlas
-from scripts import command_line
+from minillm.data.output import aside, check_out
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6}
 
@@ -29,13 +30,14 @@ def size(text):
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description="Write a small world of real facts to train on.")
+    parser = command_line.Parser(description="Write a small world of real facts to train on.")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to write")
-    parser.add_argument("--size", type=size, default=2 * 10**6, help="bytes of documents: 50KB to 50MB (2MB)")
-    parser.add_argument("--facts", type=int, metavar="N", help="at most so many (as many as the size has room for)")
+    parser.add_argument("--size", type=size, default=2 * 10**6, help="bytes of documents, from 50KB to 1000MB (2MB)")
+    parser.add_argument("--facts", type=int, metavar="N", help="at most so many, from 100 on (as the size has room)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     parser.add_argument("--dirty", type=float, default=0.1, metavar="P", help="share of pages to take out (0.1)")
     parser.add_argument("--noise", type=float, default=0.1, metavar="P", help="share of flipped preferences (0.1)")
+    parser.add_overwrite("replace the folder if it is there")
     parser.add_argument("--show", action="store_true", help="print examples and write nothing")
     options = parser.parse_args(arguments)
     if not options.show and options.out is None:
@@ -69,9 +71,9 @@ def show(options):
 def run(options):
     if options.show:
         return show(options)
-    record = atlas.write(
-        options.out, options.seed, options.size, options.dirty, options.noise, most_facts=options.facts
-    )
+    check_out(options.out, options.overwrite, "atlas.json", "atlas.py")
+    with aside(options.out) as folder:
+        record = atlas.write(folder, options.seed, options.size, options.dirty, options.noise, most_facts=options.facts)
     print(f"{'file':<28}{'rows':>9}{'bytes':>12}")
     for name, file in record["files"].items():
         print(f"{name:<28}{file['rows']:>9,}{file['bytes']:>12,}")

@@ -13,16 +13,15 @@ Write tasks for lm-evaluation-harness about the facts of an atlas: local files, 
 The same questions and seed give the same bytes, apart from the place of the data, which the tasks name in full.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+import scripts.command_line as command_line
 from minillm.data import atlas
 from minillm.trainers.evaluation import read_questions, spread
-from scripts import command_line
 
 OPTIONS = 4
 HEAD = """task: {name}
@@ -66,7 +65,7 @@ TASKS = {  # name: (the file of its rows, what there is to be done with them)
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description="Write tasks for lm-evaluation-harness about the facts of an atlas.")
+    parser = command_line.Parser(description="Write tasks for lm-evaluation-harness about the facts of an atlas.")
     parser.add_argument("--questions", type=Path, required=True, metavar="PATH", help="heldout.jsonl of atlas.py")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--rows", type=int, default=100, metavar="N", help="facts at most, and pages (100)")

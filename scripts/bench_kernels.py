@@ -15,7 +15,6 @@ take their turns, too. --check compares every version with the reference in floa
 timed one, with outputs that are full of NaN before; what is wrong, or stops with an error, is told and not timed.
 """
 
-import argparse
 import contextlib
 import importlib
 import itertools
@@ -31,6 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
 import minillm.kernels  # before NumPy: it says how long idle BLAS threads may spin
+import scripts.command_line as command_line
 
 # isort: split
 import ml_dtypes
@@ -42,7 +42,8 @@ from minillm.kernels.device import check_device, gpu_name, synchronize, to_devic
 from minillm.kernels.kernel import KERNELS
 from scripts.torch_kernels import counterparts, tensor
 
-VERSIONS = ["reference", "numba", "cuda", "numba_cuda"]
+ON_GPU = ("cuda", "cuda_atomics", "numba_cuda")  # the second only where a kernel has it
+VERSIONS = ["reference", "numba", *ON_GPU]
 DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 # ||result - exact|| / ||exact||: a few roundings of a result, whose inputs are the same numbers
 TOLERANCE = {"float64": 1e-10, "float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
@@ -224,7 +225,7 @@ def measure(kernel, size, dtype, device, rounds, bad):
         theirs = counterparts(kernel.name, args, kwargs)
         tensors = [[tensor(x) for x in one] for one in sets] if theirs else []
     sets = [[x.astype(np.int32) if is_array(x) and x.dtype.kind == "i" else x for x in one] for one in sets]
-    versions = {n: kernel.versions[n] for n in ("cuda", "numba_cuda") if n in kernel.versions and n not in bad}
+    versions = {n: kernel.versions[n] for n in ON_GPU if n in kernel.versions and n not in bad}
     calls = {n: (function, sets, kwargs) for n, function in versions.items()}
     calls["reference"] = (kernel.version("reference"), sets, kwargs)
     calls |= {n: (function, tensors, {}) for n, function in theirs.items()}
@@ -248,7 +249,8 @@ def cpu_row(kernel, args, times):
 def gpu_rows(kernel, args, times, size, operations, bandwidth, rate):
     """A line for each version: time, rate, share of the ceiling, and how it compares with this project's."""
     ours = times.get("cuda")
-    for name in ["cuda", "numba_cuda", *(n for n in times if n not in VERSIONS), "reference"]:
+    own = [n for n in ON_GPU if n != "cuda_atomics" or n in kernel.versions]
+    for name in [*own, *(n for n in times if n not in VERSIONS), "reference"]:
         if name not in times:
             yield f"{kernel.name:<32}{name:<22}{'missing':>10}"
             continue
@@ -261,7 +263,7 @@ def gpu_rows(kernel, args, times, size, operations, bandwidth, rate):
 
 
 def parse():
-    parser = argparse.ArgumentParser(description="Time every version of every kernel against its reference.")
+    parser = command_line.Parser(description="Time every version of every kernel against its reference.")
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name contains TEXT")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (5)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="float types of 16 bits are for a GPU")
@@ -292,7 +294,7 @@ def checked(kernel, dtype, device, timed):
     sizes = [("ragged", seed) for seed in range(12)] + [(size, 0) for size in timed]
     if kernel.name != "attention_backward":  # there sum_j ds_j k_j cancels: ds of few digits times keys far from 0
         sizes += [("extreme", seed) for seed in range(4)]
-    versions = ["numba"] if device == "cpu" else ["cuda", "numba_cuda"]
+    versions = ["numba"] if device == "cpu" else ON_GPU
     errors, bad = {}, {}
     for version in (v for v in versions if v in kernel.versions):
         with told(kernel, version, bad):
@@ -319,8 +321,7 @@ def about(options):
     return f"{gpu_name()}, CuPy {cp.__version__}, CUDA {toolkit}, {versions}, {options.dtype}"
 
 
-def main():
-    options = parse()
+def bench(options):
     noted = {"date": time.strftime("%Y-%m-%d"), "about": about(options), "command": " ".join(sys.argv), "rows": []}
     print(noted["about"])
     bandwidth = rate = 1
@@ -350,6 +351,10 @@ def main():
             wrong |= {(kernel.name, version) for version in bad}
     if wrong:
         sys.exit(f"{len(wrong)} versions are wrong or failed, and were not timed")
+
+
+def main():
+    command_line.run(bench, parse())
 
 
 if __name__ == "__main__":

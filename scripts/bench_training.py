@@ -12,8 +12,8 @@ timed alone. On a GPU a turn is --steps steps, after which the GPU is waited for
 within them. With bfloat16, PyTorch's side runs under autocast; weights, gradients and moments are float32 on both.
 """
 
-import argparse
 import json
+import re
 import statistics
 import sys
 import time
@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+import scripts.command_line as command_line
 from minillm.data.pack import Batch
 from minillm.kernels.device import check_device, to_host, xp_of
 from minillm.model import Config, build
@@ -33,7 +34,7 @@ import numpy as np  # isort: skip  (minillm first: it sets up the threads that N
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description="Time whole training steps: this engine against PyTorch, in turns.")
+    parser = command_line.Parser(description="Time whole training steps: this engine against PyTorch, in turns.")
     sizes = {
         "vocab": 2048,
         "width": 128,
@@ -55,17 +56,35 @@ def parse(arguments):
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     options = parser.parse_args(arguments)
     options.steps = options.steps or (1 if options.device == "cpu" else 10)
-    if min(getattr(options, name) for name in sizes) < 1:
-        parser.error("sizes have to be at least 1")
+    for name in sizes:
+        if (size := getattr(options, name)) < 1:
+            parser.error(f"--{name} has to be at least 1, and is {size}")
     if options.device == "cuda" and options.workers > 1:
         parser.error("--workers are for the processor's cores")
     if options.device == "cpu" and options.graph:
         parser.error("--graph is for --device cuda")
     try:
+        options.config = config_of(options)
         check_device(options.device)
     except (ValueError, ModuleNotFoundError) as error:
         parser.error(str(error))
     return options
+
+
+def config_of(o):
+    """The Config of these sizes. ValueError: they do not go together, in the options' names."""
+    try:
+        return Config(
+            o.vocab,
+            hidden_size=o.width,
+            num_hidden_layers=o.layers,
+            num_attention_heads=o.heads,
+            max_position_embeddings=o.length,
+        )
+    except ValueError as error:
+        names = {"num_attention_heads": "--heads", "hidden_size": "--width"}
+        told = re.sub("Config\\.", "", str(error))
+        raise ValueError(re.sub("|".join(names), lambda match: names[match[0]], told)) from None
 
 
 def minillm_step(config, o):
@@ -181,15 +200,8 @@ def torch_step(config, model, o):
     return step
 
 
-def main():
-    o = parse(None)
-    config = Config(
-        o.vocab,
-        hidden_size=o.width,
-        num_hidden_layers=o.layers,
-        num_attention_heads=o.heads,
-        max_position_embeddings=o.length,
-    )
+def bench(o):
+    config = o.config
     rng = np.random.default_rng(o.seed)
     start, mask = np.zeros((o.batch, o.length), np.int32), np.ones((o.batch, o.length), bool)
     shape, turns = (o.batch, o.length + 1), o.rounds + 3
@@ -239,4 +251,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(bench, parse(None))

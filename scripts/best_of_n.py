@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+import scripts.command_line as command_line
 from minillm.trainers.best_of_n import BestOfNConfig, best_of_n
-from scripts import command_line
 
 if __name__ == "__main__":
     command_line.run(best_of_n, command_line.parse(BestOfNConfig, "Keep the best of n sampled answers to each prompt."))

@@ -26,11 +26,11 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+import scripts.command_line as command_line
 from minillm.chat import TEMPLATES, Segment, begin, encode_segments, noted_template, render, stop_ids
 from minillm.generate import generate
 from minillm.hub import stop_tokens
 from minillm.trainers.common import load_tokenizer, load_with_head, template_of
-from scripts import command_line
 
 HELP = """\
   /retry            another answer to the last question
@@ -365,7 +365,9 @@ def command(chat, line):
     elif name == "/save":
         save(chat, rest)
     else:
-        near = difflib.get_close_matches(name, [*COMMANDS, *(f"/{flag}" for flag in SETTINGS)], 1)
+        known = [*COMMANDS, *(f"/{flag}" for flag in SETTINGS)]
+        near = [there for there in known if len(name) > 2 and there.startswith(name)]
+        near = near or difflib.get_close_matches(name, known, 1)
         raise ValueError(f"no command {name}; " + (f"perhaps you meant {near[0]}" if near else "/help shows them"))
 
 

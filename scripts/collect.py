@@ -40,12 +40,12 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+import scripts.command_line as command_line
 from minillm.chat import stop_ids
 from minillm.data.conversations import encode_prompts, read_preferences, read_prompts
 from minillm.data.readers import Bad, parse_row, read_rows
 from minillm.generate import generate
 from minillm.trainers.common import load_tokenizer, load_with_head, read_files, template_of
-from scripts import command_line
 
 ROUNDS = 5  # how often answers are drawn, until there are enough different ones
 LONGEST = 256  # tokens of an answer, where the model's context has room for two of them

@@ -1,5 +1,6 @@
-"""What the scripts with many options share: options from a dataclass (by tyro), help, and errors of one line."""
+"""What the scripts share: options from a dataclass (by tyro), or of a few by argparse; help; errors of one line."""
 
+import argparse
 import ast
 import contextlib
 import dataclasses
@@ -53,7 +54,10 @@ def parse(config, description, arguments=None):
     except ValueError as error:
         fail(error)
     except SystemExit:
-        fail(_one_line(re.sub(r"(--[a-z-]+)_\b", r"\1", told.getvalue()), options))
+        line = _one_line(re.sub(r"(--[a-z-]+)_\b", r"\1", told.getvalue()), options)
+        if line.startswith("missing: ") and (out := _resumed(arguments)) is not None and before is None:
+            line = f"{out} has no settings.json: there is no run to resume, and to begin one: {line}"
+        fail(line)
     finally:
         os.environ.pop("COLUMNS")
         if columns is not None:
@@ -61,17 +65,28 @@ def parse(config, description, arguments=None):
 
 
 def _before(config, arguments):
-    """The settings of the run to resume, as defaults; None where there is none."""
-    told = {flag.replace("_", "-"): value for flag, value in itertools.pairwise([*arguments, ""])}
-    told |= dict(argument.split("=", 1) for argument in arguments if re.match("--[a-z-]+=", argument))
-    if told.get("--resume") != "True" or "--out" not in told:
+    """The settings of the run to resume, as defaults; None where there is none. ValueError: another trainer's run."""
+    out = _resumed(arguments)
+    if out is None:
         return None
+    from minillm.files import read_object
     from minillm.trainers.run import SETTINGS, read_settings  # here, because Numba takes a second to load
 
-    path = Path(told["--out"]) / SETTINGS
+    path = out / SETTINGS
     if not path.is_file():
         return None
+    fields = {field.name for field in dataclasses.fields(config)}
+    others = [name for name in read_object(path) if name not in fields]
+    if len(others) > 1:  # one alone may be a slip of the pen
+        raise ValueError(f"{out} is another trainer's run: its {SETTINGS} has {', '.join(others)}; take another --out")
     return dataclasses.replace(read_settings(config, path), overwrite=False)
+
+
+def _resumed(arguments):
+    """The folder of the run to resume; None where that is not asked for."""
+    told = {flag.replace("_", "-"): value for flag, value in itertools.pairwise([*arguments, ""])}
+    told |= dict(argument.split("=", 1) for argument in arguments if re.match("--[a-z-]+=", argument))
+    return Path(told["--out"]) if told.get("--resume") == "True" and "--out" in told else None
 
 
 def _suggestion(flag, options):
@@ -113,8 +128,10 @@ def _one_line(box, options):
         missing = [option for option in options.values() if option.required and called(option) in first]
         return "missing: " + ", ".join(map(_name, missing))
     line = re.sub("^Error parsing [A-Z]\\w*: ", "", "; ".join(lines))
-    if match := re.match("Error parsing (--[a-z0-9-]+): no type matching", line):
+    if match := re.match("Error parsing (--[a-z0-9-]+): (no type matching|Could not find valid parse)", line):
         return f"Error parsing {match[1]}: it takes {options[match[1]].values}"
+    if match := re.match("invalid choice (.*) for argument '(--[a-z0-9-]+)'", line):
+        return f"{match[2]} has to be one of {', '.join(options[match[2]].values.split('|'))}, and is {match[1]}"
     for pattern, told in TYROS_WORDS.items():
         line = re.sub(pattern, told, line)
     return line
@@ -124,8 +141,28 @@ TYROS_WORDS = {
     r"invalid literal for int\(\) with base 10: (.*)": r"\1 is no whole number",
     r"could not convert string to float: (.*)": r"\1 is no number",
     r"Missing value for argument '(.*?)'.*": r"\1 needs a value",
-    r"invalid choice (.*) for argument '(.*?)'\. Expected one of \((.*?),?\)\.": r"\2 has to be one of \3, and is \1",
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, for scripts with few options, with errors of one line."""
+
+    def error(self, message):
+        unknown = re.match("unrecognized arguments: (--[^ =]+)", message)
+        near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+        fail(message + (f"; perhaps you meant {near[0]}" if near else ""))
+
+    def add_overwrite(self, help):
+        """--overwrite, alone or with True or False, as a dataclass has it."""
+        self.add_argument(
+            "--overwrite", type=_yes_or_no, nargs="?", const=True, default=False, metavar=YES_OR_NO, help=help
+        )
+
+
+def _yes_or_no(text):
+    if text not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"it has to be True or False, and is {text!r}")
+    return text == "True"
 
 
 def fail(message):
@@ -143,6 +180,7 @@ def run(main, options):
     """main(options), with an error of one line for what the user can mend; quiet on Ctrl-C and on a closed pipe."""
     try:
         main(options)
+        sys.stdout.flush()  # a pipe that is closed is found out here, and not when Python ends
     except BrokenPipeError:  # the reader has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -18,10 +18,10 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+import scripts.command_line as command_line
 from minillm.checkpoint import write_json
 from minillm.pipeline import JUDGED, MODELS, PipelineConfig, run
 from minillm.report import table_lines
-from scripts import command_line
 
 
 @dataclass(kw_only=True)

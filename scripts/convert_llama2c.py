@@ -8,18 +8,42 @@ Hugging Face folders. llama2.c turns neighbouring pairs of a head in RoPE, we tu
 are put in another order; nothing else changes.
 """
 
-import argparse
+import dataclasses
 import json
 import struct
 import sys
 from pathlib import Path
 
+import tyro
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
 import numpy as np
 
+import scripts.command_line as command_line
 from minillm.hub import save_pretrained
 from minillm.model import Config, Llama
+from minillm.trainers.run import check_out, claim
+
+
+@dataclasses.dataclass(kw_only=True)
+class Options:
+    """The checkpoint."""
+
+    tensorboard, resume, device = False, False, "cpu"  # no options: what `claim` wants to know of a trainer
+
+    model: tyro.conf.Positional[Path | None] = None
+    """MODEL.bin"""
+    tokenizer: tyro.conf.Positional[Path | None] = None
+    """its TOK.bin"""
+    out: Path
+    """the model folder to make"""
+    overwrite: bool = False
+    """replace the folder if it is there"""
+
+    def __post_init__(self):
+        if self.model is None or self.tokenizer is None:
+            raise ValueError("two files are needed, before all options: MODEL.bin TOK.bin")
 
 
 def read_model(path):
@@ -108,24 +132,18 @@ def read_tokenizer(path, vocab_size):
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Turn a llama2.c checkpoint into a model folder.")
-    parser.add_argument("model", metavar="MODEL.bin")
-    parser.add_argument("tokenizer", metavar="TOK.bin")
-    parser.add_argument("--out", required=True, metavar="FOLDER")
-    options = parser.parse_args()
-    try:
-        model = read_model(options.model)
-        tokenizer = read_tokenizer(options.tokenizer, model.config.vocab_size)
-        folder = save_pretrained(model, options.out)
-        text = json.dumps(tokenizer, ensure_ascii=False, indent=1)
-        (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
-        specials = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(specials, indent=1) + "\n", encoding="utf-8")
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"convert_llama2c.py: {error}\n")
+def convert(options):
+    check_out(options)
+    model = read_model(options.model)
+    tokenizer = read_tokenizer(options.tokenizer, model.config.vocab_size)
+    claim(options)
+    folder = save_pretrained(model, options.out)
+    text = json.dumps(tokenizer, ensure_ascii=False, indent=1)
+    (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
+    specials = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(specials, indent=1) + "\n", encoding="utf-8")
     print(f"{folder}: {model.flat.size:,} parameters, {model.config.vocab_size} tokens")
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(convert, command_line.parse(Options, "Turn a llama2.c checkpoint into a model folder."))

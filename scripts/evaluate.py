@@ -23,6 +23,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+import scripts.command_line as command_line
 from minillm.chat import TEMPLATES
 from minillm.data import atlas
 from minillm.data.conversations import (
@@ -73,7 +74,6 @@ from minillm.trainers.evaluation import (
 from minillm.trainers.ppo import as_answer, model_rewards
 from minillm.trainers.pretrain import PretrainConfig
 from minillm.trainers.run import claim
-from scripts import command_line
 from scripts.chat import never_taught
 
 MEASURED = ("questions", "data", "conversations", "preferences", "prompts")
@@ -132,7 +132,8 @@ class Options:
     length: int | None = None
     """tokens in a row of --data, as many as in pretraining (128, or the context where that is shorter)"""
     limit: int = 0
-    """at most so many questions, prompts, conversations, pairs, and rows of each source, spread over all; 0: all"""
+    """at most so many questions, prompts, conversations, rows of preferences (a row of more than two answers is several
+    pairs), and rows of each source, spread over all; 0: all"""
     skip_bad: int = 0
     """how many malformed lines may be skipped"""
     seed: int = 0

@@ -9,7 +9,6 @@ beside finite differences.
 Nothing is said twice: the words are the docstrings of the op and of its kernel file, the numbers come from one call.
 """
 
-import argparse
 import ast
 import difflib
 import inspect
@@ -25,7 +24,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # explain this checkout, whatever else is installed
 
-from minillm import autograd, functional, op_examples
+import scripts.command_line as command_line
+from minillm import autograd, functional, lora, op_examples
 from minillm.autograd import Tensor, saved_arrays
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +34,7 @@ STEP = 1e-5
 RTOL, ATOL = 1e-5, 1e-7  # as in tests/gradcheck.py
 SHOWN = 4  # elements of each input that the page shows; all of them are checked
 
-OPS = op_examples.ops_of(autograd, functional)
+OPS = op_examples.ops_of(autograd, functional, lora)
 
 
 class Page(NamedTuple):
@@ -165,7 +165,9 @@ def kept_table(results, arrays):
     owners = {id(block(a)): name for _, name, a in arrays}
     rows = [("variable", "shared with", "shape", "dtype", "bytes")]
     for a in kept:
-        rows.append((names.get(id(a), "?"), owners.get(id(block(a)), ""), str(a.shape), str(a.dtype), f"{a.nbytes:,}"))
+        owner = owners.get(id(block(a)), "")
+        name = names.get(id(a), owner or "?")  # a function inside of the way back may have it under another name
+        rows.append((name, owner, str(a.shape), str(a.dtype), f"{a.nbytes:,}"))
     sizes = {id(block(a)): block(a).nbytes for a in kept}  # each block once, however many views it has
     own = sum(size for i, size in sizes.items() if i not in owners)
     inputs = sum(a.nbytes for role, _, a in arrays if role == "input")
@@ -293,7 +295,7 @@ def book(pages):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Explain the gradient of one op, and check it.")
+    parser = command_line.Parser(description="Explain the gradient of one op, and check it.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("op", metavar="OP", nargs="?", help="the op's name")
     what.add_argument("--list", action="store_true", help="print the names of all ops, with their equations")
@@ -318,7 +320,7 @@ def main(argv=None):
             try:
                 args.out.write_text(text + "\n", encoding="utf-8")
             except OSError as error:
-                parser.error(f"--out: {error}")
+                parser.error(f"--out {args.out}: {error.strerror}")
         print(f"{args.out}: {summary}" if args.out else text)
         return 0 if all(page.ok for page in pages) else 1
     if args.op not in OPS:

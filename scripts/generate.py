@@ -7,10 +7,7 @@ FOLDER holds config.json, *.safetensors and tokenizer.json (Hugging Face's layou
 with --samples N there are N, computed as one batch.
 """
 
-import argparse
-import difflib
 import math
-import re
 import sys
 import time
 import warnings
@@ -18,27 +15,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+import scripts.command_line as command_line
 from minillm.generate import generate
 from minillm.hub import stop_tokens
 from minillm.trainers.common import load_tokenizer, load_with_head
-from scripts import command_line
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One line, where argparse would print its usage first."""
-        unknown = re.match("unrecognized arguments: (--[^ =]+)", message)
-        near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
-        command_line.fail(message + (f"; perhaps you meant {near[0]}" if near else ""))
 
 
 def parse(arguments):
-    parser = Parser(prog="generate.py", description="Let a model continue a text.", allow_abbrev=False)
+    parser = command_line.Parser(prog="generate.py", description="Let a model continue a text.", allow_abbrev=False)
     parser.add_argument("model", metavar="FOLDER", help="a model folder: config.json, *.safetensors, tokenizer.json")
     parser.add_argument("prompt", nargs="?", default="", help="the text to continue (nothing)")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="(200)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest (0.8)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens")
+    parser.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0: all")
     parser.add_argument("--top-p", type=float, metavar="P", help="only the likeliest that add up to P")
     parser.add_argument("--min-p", type=float, metavar="P", help="only tokens at least P times as likely as the first")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less (1)")
@@ -53,7 +42,7 @@ def parse(arguments):
         ("max_new_tokens", lambda x: x >= 1, "at least 1"),
         ("seed", lambda x: x >= 0, "at least 0"),
         ("temperature", lambda x: 0 <= x < math.inf, "at least 0"),
-        ("top_k", lambda x: x >= 1, "at least 1"),
+        ("top_k", lambda x: x >= 0, "at least 0"),
         ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
         ("min_p", lambda x: 0 <= x <= 1, "from 0 to 1"),
         ("repetition_penalty", lambda x: 0 < x < math.inf, "above 0"),
@@ -61,6 +50,8 @@ def parse(arguments):
         value = getattr(options, name)
         if value is not None and not fits(value):
             parser.error(f"--{name.replace('_', '-')} has to be {must}, and is {value}")
+    if "" in options.stop:
+        parser.error("--stop has to be a text, and is empty: that occurs everywhere")
     return options
 
 
@@ -84,7 +75,7 @@ def run(options):
         [prompt] * options.samples,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
-        top_k=options.top_k,
+        top_k=options.top_k or None,
         top_p=options.top_p,
         min_p=options.min_p,
         repetition_penalty=options.repetition_penalty,

@@ -7,7 +7,6 @@ LABELLED.jsonl has {"text", "kind", "group"} on each line; LANGUAGES.jsonl has {
 The groups fall into two halves by a hash of their names: choose limits by looking at half A, and believe half B.
 """
 
-import argparse
 import sys
 import zlib
 from collections import Counter
@@ -15,17 +14,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+import scripts.command_line as command_line
 from minillm.data.clean import clean
 from minillm.data.filters import PRESETS, Page, broken, judge
 from minillm.data.language import agree, identify
 from minillm.data.readers import read_rows
-from scripts import command_line
 
 SHORT = 50  # words: a clean page below is counted apart
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description="Judge the quality rules and the language identification.")
+    parser = command_line.Parser(description="Judge the quality rules and the language identification.")
     parser.add_argument("labelled", metavar="LABELLED.jsonl", help="lines of {text, kind, group}")
     parser.add_argument("--langid", metavar="FILE", help="lines of {text, iso6393[, name]}")
     parser.add_argument("--junk", default="junk_", metavar="PREFIX", help="the kinds that begin so should go (junk_)")

@@ -8,7 +8,6 @@ sets), and counts how many share a band: with 14 bands of 8 rows, as in datatrov
 1 - (1 - s^rows)^bands; and how many the NearIndex drops, which compares all minima of what shares a band.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,15 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 
 import numpy as np
 
+import scripts.command_line as command_line
 from minillm.data.dedup import BANDS, ROWS, SHINGLE, NearIndex, collision_probability, minhash, signature
 from minillm.extras import extra
-from scripts import command_line
 
 BANDINGS = [(14, 8), (BANDS, ROWS)]
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description="Measure how often MinHash bands collide, against the formula.")
+    parser = command_line.Parser(description="Measure how often MinHash bands collide, against the formula.")
     parser.add_argument("--pairs", type=int, default=3800, metavar="N", help="pairs of documents (3800)")
     parser.add_argument("--threshold", type=float, default=0.7, metavar="S", help="of the NearIndex (0.7)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")

@@ -54,7 +54,7 @@ AREAS = {
     "minillm/trainers/common.py": TRAINERS,
     "minillm/checkpoint.py": ["tests/test_checkpoint.py"],
     "minillm/trainers/run.py": ["tests/test_resume.py", "tests/test_trainers.py", DEVICE],
-    "kernels/adamw.py": ["tests/test_optim.py", "tests/test_kernels.py"],
+    "kernels/adamw.py": ["tests/test_optim.py", "tests/test_kernels.py", "tests/test_cuda_kernels.py"],
     "kernels/cuda.py": ["tests/test_cuda.py"],
     "kernels/blas.py": ["tests/test_blas.py"],
     "kernels/graph.py": ["tests/test_graph.py"],
@@ -85,9 +85,9 @@ FAULTS = {
         ("(lambda g: g if scale == 1 else scale * g,)", "(lambda g: g,)", "affine: dx without the scale"),
         ("xp.minimum(x, 0) - xp.log1p(xp.exp(-xp.abs(x)))", "-xp.log1p(xp.exp(-x))", "log_sigmoid: e^-x overflows"),
         (
-            "maximum(x, y), (lambda g: unbroadcast(g * first, xs), lambda g: unbroadcast(g * ~first, ys))",
-            "maximum(x, y), (lambda g: unbroadcast(g * first, xs), lambda g: unbroadcast(g * (y >= x), ys))",
-            "maximum: at a tie both sides get the whole gradient",
+            "first, xs, ys = x >= y, x.shape, y.shape",
+            "first, xs, ys = x > y, x.shape, y.shape",
+            "maximum: at a tie the second side gets the gradient",
         ),
         (
             "xp.where(condition, g.dtype.type(0), g)",
@@ -132,7 +132,7 @@ FAULTS = {
         ("lambda g: g.reshape(rows, N).sum(0,", "lambda g: g.reshape(rows, N).mean(0,", "linear: dbias is a mean"),
         ("y * (g - (g * y).sum(axis, keepdims=True))", "y * (g - g * y)", "softmax: dx without the sum over the slice"),
         ("a * a.dtype.type(1 / (1 - p))", "a", "dropout: what is kept is not divided by 1 - p"),
-        ("rotate(g, cos, -sin)", "rotate(g, cos, sin)", "rope: the gradient is turned forwards"),
+        ("sin, heads, -1)", "sin, heads, 1)", "rope: the gradient is turned forwards"),
         (
             "cos, sin = cos[offset : offset + x.shape[1]], sin[offset : offset + x.shape[1]]",
             "cos, sin = cos[: x.shape[1]], sin[: x.shape[1]]",
@@ -219,6 +219,7 @@ FAULTS = {
             "low, high = x[first : first + D : 2], x[first + 1 : first + D : 2]",
             "rope: pairs of neighbours instead of halves",
         ),
+        ("for h in range(heads, H):", "for h in range(heads, heads):", "rope: the other heads are left as memory was"),
     ],
     "kernels/swiglu.py": [
         (
@@ -237,9 +238,27 @@ FAULTS = {
         ),
     ],
     "kernels/adamw.py": [
-        ("lr / (1 - beta1**step)", "lr", "adamw: the first moment's bias is not corrected"),
+        ("lr / (1 - beta1**step), 1", "lr, 1", "adamw: the first moment's bias is not corrected"),
         ("(np.sqrt(v_i) * root + eps)", "np.sqrt(v_i * root * root + eps)", "adamw: eps stands inside the root"),
         ("return 1 - lr * weight_decay,", "return 1 - weight_decay,", "adamw: the decay without the learning rate"),
+        ("int(steps[0]) + 1", "int(steps[0])", "advance: the number of the update before"),
+        (
+            "decay in rates.tolist()]\n    steps += np.isfinite(scale)",
+            "decay in rates.tolist()]\n    steps += 1",
+            "left: an update that is left out is counted",
+        ),
+        (
+            "    steps += xp.isfinite(scale)\n    return schedule",
+            "    steps += 1\n    return schedule",
+            "counted: on the GPU also what is left out",
+        ),
+        ('xp.arange(p.size), "right")', 'xp.arange(p.size), "left")', "runs: the first of a run has the last one's"),
+        (
+            "pairwise([0, *([] if borders is None else borders.tolist()), p.size])",
+            "pairwise([0, *([] if borders is None else (borders - 1).tolist()), p.size])",
+            "runs: each begins one element early",
+        ),
+        ("n = 4 if _aligned(p, m, v, g) else 1", "n = 4 if _aligned(p) else 1", "memory: only p's place is looked at"),
     ],
     "kernels/jit.py": [
         ("y = _ZERO if x < _LOW else y\n        ", "", "exp: e^-inf is not 0"),
@@ -312,6 +331,10 @@ FAULTS = {
             "done = min(1.0, (step - warmup) / max(1, steps - warmup))",
             "schedules: the last step is not at the floor",
         ),
+        ("ends[rows][:-1] - part.start", "ends[rows][:-1]", "runs: borders count from the first memory's begin"),
+        ("math.inf if max_norm is None else", "1.0 if max_norm is None else", "finite: no clipping clips at 1"),
+        ("self._schedule[rows], borders)", "self._schedule[: len(self.runs)], borders)", "scattered: the first rates"),
+        ("self._steps[...] = int(state", "self._steps[...] = 0 * int(state", "neither: steps begin again at resume"),
     ],
     "minillm/lora.py": [
         (
@@ -337,20 +360,20 @@ FAULTS = {
         ("used[HEAD] = model.parameters[PREFIX + HEAD]", "pass", "gradient: a scalar head is frozen, too"),
     ],
     "minillm/model.py": [
-        ("sin=self.sin, offset=before)", "sin=self.sin, offset=0)", "cache: the next token stands at position 0"),
+        ('self.sin, "offset": before}', 'self.sin, "offset": 0}', "cache: the next token stands at position 0"),
         ("dtype=np.int32) - (window - 1)", "dtype=np.int32) - window", "window: one position more"),
         ("arange(before, before + T, dtype", "arange(0, T, dtype", "window: counted from the new tokens"),
         ("before + tokens.shape[1]) - start, 0)", "before + tokens.shape[1]), 0)", "gpt2: padding moves the positions"),
         ("std /= math.sqrt(2 * self.config", "std /= math.sqrt(self.config", "weights: of one projection to a block"),
         ("        if longest > context:", "        if longest > context + 1:", "context: one token more passes"),
         (
-            "self.keys, self.values = self.keys[:, rows], self.values[:, rows]",
-            "self.keys = self.keys[:, rows]",
+            "for x in (self.keys, self.values):",
+            "for x in (self.keys,):",
             "cache: values of other rows",
         ),
         (
-            'k = F.rms_norm(k, w["self_attn.k_norm.weight"]',
-            'k = F.rms_norm(k, w["self_attn.q_norm.weight"]',
+            'F.rms_norm(k, w["self_attn.k_norm.weight"]',
+            'F.rms_norm(k, w["self_attn.q_norm.weight"]',
             "qwen3: the queries' norm for the keys",
         ),
         (
@@ -457,7 +480,7 @@ FAULTS = {
             "        arrays,",
             "looked: saves an update not looked at",
         ),
-        ("update.optimizer.steps -= 1", "pass", "left: what was left out is counted as an update"),
+        ("self.skipped += 1", "pass", "left: nobody is told of an update that was left out"),
         ("update.sums is self.rows[0].sums", "False", "rows: written before all of their updates are read"),
         ("learning_rate: update.lr}, update.sums)", "learning_rate: update.lr})", "rows: numbers go to the next one"),
         ("        self._cut(files)\n", "", "resume: rows behind the checkpoint stay, and come twice"),
@@ -664,6 +687,8 @@ FAULTS = {
             '["MaxSharedMemoryPerBlockOptin"]',
             "launch: the most shared memory leaves it out, too",
         ),
+        ("*x.strides[:-1]) == 16", "16) == 16", "wide: rows that are far apart may begin anywhere"),
+        ("if x.flags.c_contiguous and (dtype is None or", "if (dtype is None or", "layout: a view is passed as it is"),
     ],
     "kernels/blas.py": [
         (" or found.state != SUCCESS", "", "cublasLt: an algorithm whose state says that it is none"),
@@ -685,9 +710,17 @@ FAULTS = {
             "end += x.nbytes - 1",
             "graph: an input's last byte is the next one's first",
         ),
+        ("            self._full = True\n", "", "full: recordings work on in memory that was given back"),
+        ("if calls.recorded is not None:", "if True:", "full: a recording that was forgotten at once is launched"),
+        ("                self._full = False\n", "", "full: from then on nothing stays recorded"),
+        (
+            "calls.recorded = calls.outputs = None\n",
+            "calls.outputs = None\n",
+            "full: what is forgotten are the outputs alone",
+        ),
     ],
     "minillm/trainers/recorded.py": [
-        ("self.optimizer.schedule(lr))", "self.optimizer.schedule(0.01))", "graph: the first learning rate for good"),
+        ("self.optimizer.rates(lr))", "self.optimizer.rates(0.01))", "graph: the first learning rate for good"),
         ("        self.optimizer.zero_grad()\n", "", "graph: gradients of all updates add up"),
         (
             "gpu_clip_scale(norm, self.longest, total)",

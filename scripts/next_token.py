@@ -23,10 +23,10 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+import scripts.command_line as command_line
 from minillm.chat import render, stop_ids
 from minillm.generate import next_probabilities
 from minillm.trainers.common import load_tokenizer, load_with_head, same_tokenizer, template_of
-from scripts import command_line
 from scripts.chat import never_taught, spelled
 
 EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")

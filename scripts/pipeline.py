@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+import scripts.command_line as command_line
 from minillm.pipeline import PipelineConfig, run
-from scripts import command_line
 
 if __name__ == "__main__":
     command_line.run(run, command_line.parse(PipelineConfig, "From raw text to an aligned model, in one command."))

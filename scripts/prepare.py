@@ -16,8 +16,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+import scripts.command_line as command_line
 from minillm.data.prepare import STEPS, Prepare, prepare, table
-from scripts import command_line
 
 
 @dataclasses.dataclass

@@ -9,7 +9,6 @@ FILE holds conversations, {"messages": [{"role": ..., "content": ...}, ...]}: on
 --tokenizer every byte is a token. Colours end where the output is no terminal, unless --color always.
 """
 
-import argparse
 import os
 import sys
 from itertools import islice
@@ -17,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+import scripts.command_line as command_line
 from minillm import chat
 from minillm.files import parse_json
 from minillm.tokenizer import Tokenizer
@@ -24,12 +24,6 @@ from minillm.tokenizer import Tokenizer
 # Neighbours get different shades, so that the borders between tokens show: (first, second) of not trained and trained.
 SHADES = {False: ("\x1b[0m", "\x1b[100m"), True: ("\x1b[30;42m", "\x1b[30;102m")}
 BRACKETS = {False: ("‹", "›"), True: ("⟦", "⟧")}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One line, where argparse would print its usage first."""
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def conversations(text, name):
@@ -75,7 +69,7 @@ def show(row, options, template, tokenizer, color):
 
 
 def main():
-    parser = Parser(prog="render.py", description="Show a conversation as a model sees it.")
+    parser = command_line.Parser(prog="render.py", description="Show a conversation as a model sees it.")
     parser.add_argument("file", metavar="FILE", help='JSON or JSONL with {"messages": [...]}, or - for standard input')
     parser.add_argument(
         "--template",

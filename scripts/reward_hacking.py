@@ -17,9 +17,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+import scripts.command_line as command_line
 from minillm.report import Line, Panel, draw, read_metrics, table_lines
 from minillm.trainers import ppo
-from scripts import command_line
 
 
 @dataclass(kw_only=True)
@@ -46,6 +46,10 @@ class Options:
     def __post_init__(self):
         if len(set(self.betas)) < 2 or min(self.betas) < 0:
             raise ValueError(f"--betas has to be at least two different numbers from 0 on, and is {self.betas}")
+        least = ppo.PPOConfig.value_warmup * ppo.PPOConfig.batch_size + 1
+        if self.episodes < least:
+            warmup = f"as the first {least - 1} teach the value model alone"
+            raise ValueError(f"--episodes has to be at least {least}, {warmup}, and is {self.episodes}")
         if not (self.pipeline / "data" / "dev.jsonl").exists():
             raise ValueError(f"{self.pipeline} has no data/dev.jsonl: it is no folder of the pipeline on the atlas")
 

@@ -15,6 +15,7 @@ With --out, DIR/metrics.jsonl gets a row for each request: times and counts, and
 
 import contextlib
 import dataclasses
+import errno
 import ipaddress
 import json
 import os
@@ -27,12 +28,12 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+import scripts.command_line as command_line
 from minillm.chat import TEMPLATES
 from minillm.extras import extra
 from minillm.generate import generate
 from minillm.hub import stop_tokens
 from minillm.trainers.common import load_tokenizer, load_with_head, template_of
-from scripts import command_line
 from scripts.chat import never_taught
 
 LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -122,6 +123,8 @@ def listen(host, port):
         # asyncio and socket add to the reason what they tried; a name that is not found has no such number
         reason = (os.strerror(error.errno) if (error.errno or 0) > 0 else str(error.strerror)).lower()
         told = f"--host {host} --port {port} can not be used ({reason})"
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise ValueError(f"{told}: take an address of this machine, such as 127.0.0.1") from None
         raise ValueError(f"{told}: take another port, or 0 for any free one") from None
 
 

@@ -8,7 +8,6 @@ hash, is held out and tells how good the classifier is; metrics.jsonl beside the
 in its last line, that evaluation. A long .txt file is cut into documents at blank lines, some 65,000 characters each.
 """
 
-import argparse
 import json
 import sys
 import zlib
@@ -16,16 +15,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+import scripts.command_line as command_line
 from minillm.data.classifier import Classifier
 from minillm.data.readers import read
-from scripts import command_line
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description="Train a classifier that scores documents for a filter.")
+    parser = command_line.Parser(description="Train a classifier that scores documents for a filter.")
     parser.add_argument("--positive", nargs="+", required=True, metavar="FILE", help="texts that should score high")
     parser.add_argument("--negative", nargs="+", required=True, metavar="FILE", help="texts that should score low")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors", help="the classifier")
+    parser.add_overwrite("replace that file and metrics.jsonl if they are there")
     parser.add_argument("--buckets", type=int, default=1 << 18, metavar="N", help="weights, 4 bytes each (262144)")
     parser.add_argument("--ngrams", type=int, default=2, metavar="N", help="runs of up to N words (2)")
     parser.add_argument("--max-words", type=int, default=1000, metavar="N", help="of each text, the first ones (1000)")
@@ -53,7 +53,20 @@ def texts_of(paths):
     return parts
 
 
+def check_out(options):
+    """ValueError where there is a file that is not to be replaced: an error now, not after the training."""
+    for path in (options.out, options.out.with_name("metrics.jsonl")):
+        if path.exists() and not options.overwrite:
+            raise ValueError(f"{path} exists: take another --out, or replace it with --overwrite True")
+    if options.out.exists():
+        try:
+            Classifier.load(options.out)
+        except ValueError as error:
+            raise ValueError(f"{error}: it is not mine to replace") from None
+
+
 def run(options):
+    check_out(options)
     positive, held_positive = texts_of(options.positive)
     negative, held_negative = texts_of(options.negative)
     if both := {*positive, *held_positive} & {*negative, *held_negative}:

@@ -3,11 +3,11 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from minillm import autograd, functional
+from minillm import autograd, functional, lora
 from minillm.kernels import attention, jit
 from minillm.op_examples import POSITIVE, draw, letters, ops_of
 
-OPS = ops_of(autograd, functional)
+OPS = ops_of(autograd, functional, lora)
 
 SIZES = [1, 2, 3, 5, 13]  # two letters' product passes the kernels' block of 64 rows
 LONG = [1, 2, 5, attention.TILE - 1, attention.TILE + 1]

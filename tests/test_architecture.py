@@ -34,7 +34,7 @@ ARROWS = {
     "kernels.jit": ["kernels.device"],
     "kernels.kernel": ["kernels.device"],
     "kernels.cuda": ["kernels.device", "kernels.jit"],
-    "kernels.numba_cuda": ["kernels.device"],
+    "kernels.numba_cuda": ["kernels.device", "kernels.cuda"],
     "kernels.graph": ["kernels.device"],
     "kernels.blas": ["kernels.device"],
     # Nothing of another op: Numba's cache does not see an edit in a second file, and only jit.py is hashed into it.
@@ -55,7 +55,7 @@ ARROWS = {
     "hub": ["kernels.device", "files", "chat", "model", "checkpoint"],
     "lora": [*ENGINE, "kernels.blas", "files", "model", "checkpoint", "hub"],
     "losses": ENGINE,
-    "data": [*ENGINE, "extras", "files", "optim", "tokenizer", "chat", "data"],
+    "data": [*ENGINE, "checkpoint", "extras", "files", "optim", "tokenizer", "chat", "data"],
     "generate": [*ENGINE, "model", "losses"],
     "batching": [*ENGINE, "model", "generate"],
     "server": ["extras", "tokenizer", "chat", "batching"],

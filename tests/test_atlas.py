@@ -4,6 +4,7 @@ import hashlib
 import ipaddress
 import json
 import re
+import runpy
 import subprocess
 import sys
 import tracemalloc
@@ -673,6 +674,25 @@ def test_the_script_writes_a_world(tmp_path):
     assert sum(kind["pages"] for kind in record["kinds"].values()) == record["files"]["pretrain.jsonl"]["rows"]
     assert record["statements"]["least"] >= 8
     assert sum(record["sides"].values()) == sum(record["facts"].values()) == len(atlas.facts(60_000))
+
+
+def test_the_script_replaces_nothing_without_a_word_and_leaves_no_half(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["atlas.py", "--out", str(tmp_path / "world"), "--size", "50KB"])
+    script = runpy.run_path(str(ROOT / "scripts/atlas.py"))
+    run, parse = script["run"], script["parse"]
+    run(parse(None))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "world").iterdir()}
+    with pytest.raises(ValueError, match="world is not empty: take another --out, or replace it with --overwrite True"):
+        run(parse(None))
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--overwrite", "--seed", "1"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(atlas, "questions", lambda *_: iter(input, None))
+        patch.setattr("builtins.input", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(parse(None))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "world").iterdir()} == before
+    run(parse(None))
+    assert json.loads((tmp_path / "world/atlas.json").read_text())["seed"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["world"]
 
 
 def test_the_script_shows_examples_and_refuses_in_one_line(tmp_path):

@@ -164,6 +164,9 @@ FILES = {
     "utf16.jinja": "{{ messages }}".encode("utf-16"),
     "settings.json": b"{",
     "chats.jsonl": b'{"messages": [{"role": "user", "content": "a"}]}\n',
+    "short.jsonl": b'{"text": "Too short."}\n',
+    "turns.jsonl": b'{"messages": [], "id": "", "kind": "", "relation": "", "subject": "", "answer": "", '
+    b'"aliases": [], "options": [], "must_refuse": false}\n',
 }
 
 
@@ -178,6 +181,13 @@ def world(tmp_path_factory):
             spoil(Path(name))
         for name, data in FILES.items():
             Path(name).write_bytes(data)
+        Path("data_text/texts").mkdir(parents=True)
+        Path("data_text/texts/a.jsonl").write_bytes(FILES["short.jsonl"])
+        Path("text").mkdir()
+        Path("text/metrics.jsonl").write_text('{"step": "read", "seconds": 1}\n')
+        Path("pretrained").mkdir()
+        Path("pretrained/settings.json").write_text('{"out": "pretrained", "hidden_size": 8, "num_hidden_layers": 1}')
+        Path("pretrained/metrics.jsonl").write_text('{"step": 0, "loss": 1}\n')
         for folder, note in (("begun", b"{"), ("begun_list", b"[]"), ("begun_empty", b"{}")):
             Path(folder).mkdir()
             (Path(folder) / "pipeline.json").write_bytes(note)
@@ -297,8 +307,13 @@ CASES = [
     ("sft", "--data content.jsonl", 1, "content.jsonl:1: messages[0]: content is missing"),
     ("dpo", "--data probability.jsonl", 1, "probability.jsonl:1: preference is a probability, and is 2"),
     ("reward", "--data one.jsonl", 1, "one.jsonl:1: ranked has to be a list of at least two answers, the best first"),
-    ("sft", "--data crlf.jsonl", 1, "crlf.jsonl:2: response is missing"),
-    ("sft", "--data bom.jsonl", 1, "bom.jsonl:1: response is missing"),
+    ("sft", "--data crlf.jsonl", 1,
+     'crlf.jsonl:2: response is missing: {"messages": [...]} or {"prompt": ..., "response": ...} is needed'),
+    ("sft", "--data bom.jsonl", 1,
+     'bom.jsonl:1: response is missing: {"messages": [...]} or {"prompt": ..., "response": ...} is needed'),
+    ("dpo", "--data sft.jsonl", 1,
+     'sft.jsonl:1: chosen is missing: {"prompt": ..., "chosen": ..., "rejected": ...} or {"prompt": ..., '
+     '"ranked": [best, ...]} is needed'),
     ("sft", "--data cut.jsonl.gz", 1, "cut.jsonl.gz:9: the compressed data is damaged:…"),
     ("sft", "--data plain.jsonl.gz", 1, "plain.jsonl.gz:1: the compressed data is damaged:…"),
     ("sft", "--data junk.parquet", 1, "junk.parquet: is a table, and JSON lines are needed, one object a line"),
@@ -314,8 +329,12 @@ CASES = [
     ("prepare", "!sft.jsonl --key prompt --out out --tokenizer data/a.train.bin", 1,
      "data/a.train.bin is not UTF-8 text: byte 0xE8 at position 10"),
     ("prepare", "!sft.jsonl --key prompt --out file/out", 1, "file/out.partial: Not a directory"),
-    ("prepare", "!sft.jsonl --key prompt --out file", 1,
-     "file exists: remove it, or replace it with --overwrite True"),
+    ("prepare", "!sft.jsonl --key prompt --out file", 1, "file is a file, and has to be a folder"),
+    ("prepare", "!data_text/texts --out data_text", 1,
+     "data_text/texts is in --out data_text, which would be replaced: take another --out"),
+    ("prepare", "!short.jsonl --out out", 1,
+     "no document is left: default.word_count dropped 1 (first: short.jsonl:1: 2 words < 10: Too short.); "
+     "--preset none takes the rules of quality away"),
     ("prepare", "!sft.jsonl --key prompt --out /proc/none/out", 1, "/proc/none: No such file or directory"),
     ("prepare", "!sft.jsonl --key prompt --out out --quality-model base/model.safetensors", 1,
      "base/model.safetensors is not a classifier: its metadata has no classifier's settings"),
@@ -350,7 +369,8 @@ CASES = [
     ("generate", "!base hi --temperature -1", 2, "--temperature has to be at least 0, and is -1.0"),
     ("generate", "!base hi --temperature nan", 2, "--temperature has to be at least 0, and is nan"),
     ("generate", "!base hi --top-p 2", 2, "--top-p has to be above 0 and at most 1, and is 2.0"),
-    ("generate", "!base hi --top-k 0", 2, "--top-k has to be at least 1, and is 0"),
+    ("generate", "!base hi --top-k -1", 2, "--top-k has to be at least 0, and is -1"),
+    ("generate", "!base hi --stop=", 2, "--stop has to be a text, and is empty: that occurs everywhere"),
     ("generate", "!base hi --max-new-tokens 0", 2, "--max-new-tokens has to be at least 1, and is 0"),
     ("generate", "!base hi --max-new-tokens x", 2, "argument --max-new-tokens: invalid int value: 'x'"),
     ("generate", "!base hi --samples 0", 2, "--samples has to be at least 1, and is 0"),
@@ -421,7 +441,63 @@ CASES = [
     ("pretrain", "--weights a", 2, "Error parsing --weights: it takes NAME NUMBER ..."),
     ("pretrain", "--lora 3", 2, "Unrecognized options: --lora; perhaps you meant --lr"),
     ("sft", "--epochs -1", 2, "--epochs has to be above 0, and is -1.0"),
-    ("dpo", "--schedule cos", 2, "--schedule has to be one of 'cosine', 'linear', 'constant', and is 'cos'"),
+    ("dpo", "--schedule cos", 2, "--schedule has to be one of cosine, linear, constant, and is 'cos'"),
+    ("sft", "--lora-alpha 8", 2,
+     "--lora-alpha needs --lora-rank: without it the model itself is trained, and no adapter"),
+    ("ppo", "--lora-targets q_proj", 2,
+     "--lora-targets needs --lora-rank: without it the model itself is trained, and no adapter"),
+    *[(name, "--length 65", 1, "--length has to be at most the context of base, 64, and is 65")
+      for name in ("sft", "reward", "dpo")],
+    ("sft", "--data long.jsonl --length 5", 1,
+     "--data: no row can be used: 1 too long for a length of 5 tokens (first: long.jsonl:1)"),
+    ("pretrain", "!--out nosuchrun --resume", 2,
+     "nosuchrun has no settings.json: there is no run to resume, and to begin one: missing: --data PATH"),
+    ("sft", "!--out pretrained --resume", 2,
+     "pretrained is another trainer's run: its settings.json has hidden_size, num_hidden_layers; take another --out"),
+    ("best_of_n", "!--model base --reward rm --prompts sft.jsonl --out full", 1,
+     "full is not empty: take another --out, or replace it with --overwrite True"),
+    ("best_of_n", "!--model base --reward rm --prompts sft.jsonl --out out --lr 1", 2, "Unrecognized options: --lr"),
+    ("pipeline", "!--out out --from nosuch", 2,
+     "--from has to be one of data, tokenizer, pretrain, sft, reward, ppo, dpo, report, and is 'nosuch'"),
+    *[("pipeline", f"!--out out --pretrain-data {text} --sft-data {chats} --preference-data {pairs} --prompts {asked}",
+       1, message) for text, chats, pairs, asked, message in (
+        ("empty.jsonl", "sft.jsonl", "pref.jsonl", "sft.jsonl", "empty.jsonl: holds no document"),
+        ("text.jsonl", "empty.jsonl", "pref.jsonl", "sft.jsonl", "--sft-data: no row can be used: it is empty"),
+        ("text.jsonl", "sft.jsonl", "one.jsonl", "sft.jsonl",
+         "one.jsonl:1: ranked has to be a list of at least two answers, the best first"),
+        ("text.jsonl", "sft.jsonl", "pref.jsonl", "half.jsonl",
+         "half.jsonl:2: not JSON: unterminated string starting at column 17"),
+    )],
+    ("compare_seeds", "!--seeds a", 2, "Error parsing --seeds: it takes N ..."),
+    ("reward_hacking", "!base --episodes 5", 2,
+     "--episodes has to be at least 257, as the first 256 teach the value model alone, and is 5"),
+    ("bench_training", "!--width 33", 2, "--heads = 4 must divide --width 33"),
+    ("bench_training", "!--rounds 0", 2, "--rounds has to be at least 1, and is 0"),
+    ("bench_kernels", "!--only nothing --rounds 0", 2, "--rounds must be at least 1"),
+    ("atlas", "!--out full --size 50KB", 1,
+     "full is not empty: take another --out, or replace it with --overwrite True"),
+    ("atlas", "!--out full --size 50KB --overwrite True", 1,
+     "full is not empty, and was not made by atlas.py: it is not mine to replace"),
+    ("atlas", "!--out out --size 1KB", 2, "--size must be from 50KB to 1000MB, and is 1000 bytes"),
+    ("atlas_task", "!--questions pref.jsonl --out out", 1,
+     "pref.jsonl:1: not a question of the atlas, as in dev.jsonl or heldout.jsonl: no messages, id, kind, relation, "
+     "subject, answer, aliases, options, must_refuse"),
+    ("evaluate", "!base --questions turns.jsonl", 1,
+     "turns.jsonl:1: not a question of the atlas, as in dev.jsonl or heldout.jsonl: messages has to be "
+     '[{"role": "user", "content": ...}], and aliases and options lists'),
+    ("convert_llama2c", "!half.jsonl half.jsonl --out base", 1,
+     "base is not empty: take another --out, or replace it with --overwrite True"),
+    ("convert_llama2c", "!half.jsonl --out out", 2, "two files are needed, before all options: MODEL.bin TOK.bin"),
+    ("train_classifier", "!--positive text.jsonl --negative text.jsonl --out base/model.safetensors", 1,
+     "base/model.safetensors exists: take another --out, or replace it with --overwrite True"),
+    ("train_classifier", "!--positive text.jsonl --negative text.jsonl --out base/model.safetensors --overwrite", 1,
+     "base/model.safetensors is not a classifier: its metadata has no classifier's settings: it is not mine to "
+     "replace"),
+    ("train_classifier", "!--positive text.jsonl --negative text.jsonl --out pretrained/new.safetensors", 1,
+     "pretrained/metrics.jsonl exists: take another --out, or replace it with --overwrite True"),
+    ("plot", "!pretrained full", 1, "full has no metrics.jsonl: it is no folder of a training run"),
+    ("plot", "!pretrained text", 1, "text has nothing to draw: its metrics.jsonl has no loss and no evaluation"),
+    ("plot", "!pretrained --metrics kl", 1, "pretrained has nothing to draw: its metrics.jsonl has no kl"),
     ("evaluate", "!base --conversations half.jsonl --out out", 1,
      "half.jsonl:2: not JSON: unterminated string starting at column 17"),
     ("chat", "!unknown_note --prompt x", 1,

@@ -343,6 +343,7 @@ def test_settings_are_changed_and_shown(run, monkeypatch):
     [
         ("/retr", "no command /retr; perhaps you meant /retry"),
         ("/temperatur 1", "no command /temperatur; perhaps you meant /temperature"),
+        ("/temp 0.5", "no command /temp; perhaps you meant /temperature"),
         ("/usr/bin", "no command /usr/bin; /help shows them"),
         ("/", "no command /; /help shows them"),
         ("/set temprature 1", "no setting temprature; perhaps you meant temperature"),
@@ -493,6 +494,12 @@ def test_a_checkpoints_own_stops_end_an_answer_too(run, world):
     (folder / "generation_config.json").write_text(json.dumps(config))
     _, cut, _ = run(["stops", "--prompt", "Hello", "--max-new-tokens", "24", "--temperature", "0"])
     assert len(cut) < len(whole)
+
+
+def test_generate_takes_top_k_0_for_all_tokens_as_chat_does(world):
+    command = [sys.executable, Path(__file__).parents[1] / "scripts/generate.py", "sft", "Hello", "--max-new-tokens=9"]
+    said = [subprocess.run([*command, *extra], capture_output=True, cwd=world) for extra in ([], ["--top-k", "0"])]
+    assert [done.returncode for done in said] == [0, 0] and said[0].stdout == said[1].stdout
 
 
 def test_generate_ends_where_the_checkpoint_says(world):

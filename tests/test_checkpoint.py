@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -666,6 +667,24 @@ def test_a_lock_on_a_full_disk_is_one_error_and_leaves_nothing(tmp_path):
     assert error.value.filename == str(tmp_path / "out" / LOCK) and names(tmp_path) == []
 
 
+def test_a_lock_where_the_system_has_none(tmp_path, monkeypatch):
+    """On Windows, where these are missing, nobody is refused but by the name of another machine."""
+    monkeypatch.setattr(checkpoint, "fcntl", None)
+    for name in ("pread", "pwrite", "O_NOFOLLOW"):
+        monkeypatch.delattr(os, name)
+    me = {"pid": os.getpid(), "host": socket.gethostname()}
+    for before in ("", json.dumps({"pid": 12, "host": me["host"], "more": "x" * 99})):
+        (tmp_path / LOCK).write_text(before)
+        with locked(tmp_path):
+            assert json.loads((tmp_path / LOCK).read_text()) == me
+            with locked(tmp_path):
+                assert json.loads((tmp_path / LOCK).read_text()) == me
+        assert names(tmp_path) == []
+    (tmp_path / LOCK).write_text(json.dumps({"pid": 12, "host": "another.example"}))
+    with pytest.raises(ValueError, match=r"in use by process 12 on another\.example"):
+        locked(tmp_path).__enter__()
+
+
 def test_a_lock_does_not_write_through_a_link(tmp_path):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "out").mkdir()
@@ -737,6 +756,12 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     assert kept(9, [(s, None) for s in (5, 10, 15, 20, 12)]) == [5, 10, 12]  # went back: what is above goes
     assert kept(1, [(5, 5), (10, 5), (5, 5)]) == [5]
     assert kept(2, [(99_999_999, None), (100_000_000, None), (10**12, None)]) == [10**8, 10**12]  # more digits
+
+
+def test_no_checkpoint_at_all_can_not_be_kept(tmp_path):
+    for keep in (0, -1):
+        with pytest.raises(ValueError, match=f"^at least 1 checkpoint has to be kept, and keep is {keep}$"):
+            Checkpoints(tmp_path, keep)
 
 
 def test_rotation_with_a_damaged_one_among_them(copy):
@@ -846,7 +871,7 @@ def test_arrays_come_back_bit_for_bit(tmp_path_factory, given):
         assert saver.same(found[name], native), (name, array.dtype, array.shape)
 
 
-@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f8", "c8"])
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f8", "c8", ml_dtypes.bfloat16])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_never_saved(copy, dtype, value):
     before = {path: path.read_bytes() for path in copy.folder.rglob("*") if path.is_file()}

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import runpy
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -81,9 +83,8 @@ def test_help_has_every_option_once_with_its_meaning_and_default(name, monkeypat
     head = "\n".join(lines[: lines.index("Needed:") + 1])
     needed = [f"--{f.name.replace('_', '-')}" for f in fields if f.default is dataclasses.MISSING]
     assert all(flag in head for flag in needed)
-    assert [line for line in lines if line.endswith(":") and not line.startswith(" ")][
-        -1
-    ] == "What every trainer can be told:"
+    groups = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert groups[-2:] == ["What every trainer can be told:", "What every run can be told:"]
 
 
 def test_an_overridden_default_is_explained_where_the_option_stands():
@@ -151,6 +152,36 @@ def test_what_a_user_can_mend_is_one_line_and_a_fault_of_ours_is_a_traceback(err
     assert ended.value.code == code and capsys.readouterr().err == ("" if line is None else f"x.py: {line}\n")
     with pytest.raises(KeyError):
         command_line.run(lambda options: {}["key"], None)
+
+
+INTERRUPTED = """
+import runpy, sys
+
+class Interrupted:
+    def find_spec(name, path=None, target=None):
+        if name.startswith("minillm.") and name != "minillm.kernels":  # bench_kernels.py has to load that first
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+PROGRAMS = sorted({p.stem for p in (ROOT / "scripts").glob("*.py") if "__main__" in p.read_text()} - {"mutants"})
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_ctrl_c_while_modules_are_loaded_is_quiet(name):
+    command = [sys.executable, "-c", INTERRUPTED, ROOT / f"scripts/{name}.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")  # a shell calls it 130
+
+
+def test_a_reader_that_has_seen_enough_ends_a_script_without_a_word():
+    command = f"{sys.executable} {ROOT / 'scripts/bench_kernels.py'} --only adamw --rounds 1 | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 
 # ------------------------------------------------------------------ mistakes
@@ -251,8 +282,8 @@ WRONG = [  # script, what is added to its good command line (a later option goes
     ("pretrain", "--lr fast", 2, "--lr: 'fast' is no number"),
     ("ppo", "--episodes 1.5", 2, "--episodes: '1.5' is no whole number"),
     ("reward", "--seed", 2, "--seed needs a value"),
-    ("pretrain", "--schedule cos", 2, "--schedule has to be one of 'cosine', 'linear', 'constant', and is 'cos'"),
-    ("sft", "--overwrite maybe", 2, "--overwrite has to be one of 'True', 'False', and is 'maybe'"),
+    ("pretrain", "--schedule cos", 2, "--schedule has to be one of cosine, linear, constant, and is 'cos'"),
+    ("sft", "--overwrite maybe", 2, "--overwrite has to be one of True, False, and is 'maybe'"),
     ("pretrain", "--weights a", 2, "--weights: it takes NAME NUMBER ..."),
     ("prepare", "--workers two", 2, "--workers: 'two' is no whole number"),
     # ranges
@@ -302,7 +333,7 @@ WRONG = [  # script, what is added to its good command line (a later option goes
     ("dpo", "--data sft.jsonl", 1, "sft.jsonl:1: chosen is missing"),
     ("sft", "--data text.jsonl", 1, "text.jsonl:1: neither messages nor a prompt"),
     ("sft", "--data no_answer.jsonl", 1, "no row can be used: 1 with no token to train (first: no_answer.jsonl:1)"),
-    ("sft", "--data long.jsonl", 1, "no row can be used: 1 longer than 65 tokens (first: long.jsonl:1)"),
+    ("sft", "--data long.jsonl", 1, "no row can be used: 1 too long for a length of 64 tokens (first: long.jsonl:1)"),
     ("ppo", "--prompts long.jsonl", 1, "no row can be used: 1 longer than 56 tokens (first: long.jsonl:1)"),
     ("reward", "--data same.jsonl --held-out 0", 1, "no row can be used: 9 whose chosen and rejected"),
     ("prepare", "--eval-sets absent.jsonl", 1, "absent.jsonl: No such file or directory"),
@@ -314,7 +345,8 @@ WRONG = [  # script, what is added to its good command line (a later option goes
     ("pretrain", "--out foreign --overwrite", 1, "foreign is not empty, and was not made by a trainer"),
     ("dpo", "--out file", 1, "file is a file, and has to be a folder"),
     ("reward", "--out file/below", 1, "file/below: Not a directory"),
-    ("prepare", "--out full", 1, "full exists: remove it, or replace it with --overwrite True"),
+    ("prepare", "--out full", 1, "full is not empty: take another --out, or replace it with --overwrite True"),
+    ("prepare", "--out full --overwrite", 1, "full is not empty, and was not made by prepare.py: it is not mine to"),
 ]  # fmt: skip
 
 

@@ -231,8 +231,11 @@ def test_what_can_not_be_used_is_left_out_and_counted():
     given = [make(1, *long), make(2, USER("a")), make(3, *talk("a", "z" * 200)), make(4, *talk("a", "z" * 300))]
     found = C.encode_conversations(given, "llama3", TOKENIZER, room)
     assert len(found) == 1 and len(found[0][0]) == room + 1  # it just fits: T + 1 tokens make a row of T
-    assert found.left_out == {"with no token to train": 1, f"longer than {room + 1} tokens": 2}
-    assert found.summary() == f"2 longer than {room + 1} tokens (first: x:3), 1 with no token to train (first: x:2)"
+    assert found.left_out == {"with no token to train": 1, f"too long for a length of {room} tokens": 2}
+    assert (
+        found.summary()
+        == f"2 too long for a length of {room} tokens (first: x:3), 1 with no token to train (first: x:2)"
+    )
     assert found.checked("--data") is found
     assert not C.encode_conversations(given[:1], "llama3", TOKENIZER, room - 1)
     with pytest.raises(ValueError, match=r"--data: no row can be used: 1 with no token to train \(first: x:2\)"):

@@ -786,7 +786,7 @@ def test_answers_in_conversations_are_predicted(measured, world):
     assert found["mean_token_accuracy"] * count == pytest.approx(round(found["mean_token_accuracy"] * count))
     first = line_of(printed, "loss, nats per token")
     assert first.startswith("some_long.jsonl, talks.jsonl ") and first.endswith("4 conversations")
-    assert "--conversations: left out 1 longer than 193 tokens (first: some_long.jsonl:3)" in printed
+    assert "--conversations: left out 1 too long for a length of 192 tokens (first: some_long.jsonl:3)" in printed
     _, _, printed = measured("base --conversations talks.jsonl")
     assert "base was never taught to chat: the template of what it reads is chatml" in printed
 
@@ -866,7 +866,7 @@ WRONG = [
     ("sft", 2, "nothing to measure: give --questions, --data, --conversations, --preferences or --prompts"),
     ("sft --question q", 2, "Unrecognized options: --question; perhaps you meant --questions"),
     ("sft --prompts", 2, "--prompts needs at least one file"),
-    ("sft --questions questions.jsonl --by subject", 2, "--by has to be one of 'kind', 'relation', and is 'subject'"),
+    ("sft --questions questions.jsonl --by subject", 2, "--by has to be one of kind, relation, and is 'subject'"),
     ("sft --data data --recall", 2, "--recall needs --questions"),
     ("sft --prompts talks.jsonl --by relation", 2, "--by needs --questions"),
     ("sft --data data --reference base", 2, "--reference needs --questions, --prompts or --preferences"),
@@ -909,7 +909,7 @@ WRONG = [
     ("base --prompts long.jsonl", 1, "--prompts: no row can be used: 1 longer than 144 tokens (first: long.jsonl:1)"),
     ("sft --prompts broken.jsonl", 1, "broken.jsonl:2: not JSON"),
     ("sft --conversations pairs.jsonl", 1, "pairs.jsonl:1: response is missing"),
-    ("sft --conversations long.jsonl", 1, "--conversations: no row can be used: 1 longer than 193 tokens"),
+    ("sft --conversations long.jsonl", 1, "--conversations: no row can be used: 1 too long for a length of 192 tokens"),
     ("sft --preferences talks.jsonl", 1, "talks.jsonl:1: chosen is missing"),
     ("sft --preferences long.jsonl", 1, "--preferences: no row can be used: 1 longer than 193 tokens"),
     ("sft --preferences long.jsonl --reference narrow", 1, "1 longer than 97 tokens"),

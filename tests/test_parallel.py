@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm import lora
+from minillm.autograd import no_grad
 from minillm.data.conversations import Ranking
 from minillm.data.pack import Batch
 from minillm.kernels import jit
@@ -181,6 +182,17 @@ def test_kernels_run_on_one_thread_inside_shares_and_on_all_outside():
     assert all(alone for alone, _ in found) and len({thread for _, thread in found}) > 1
     assert not chosen()[0]
     assert in_shares(small(), chosen, [0], 1) == [chosen()]
+
+
+def test_no_grad_reaches_every_share():
+    def recorded(model, share):
+        return model(np.array([share])).requires_grad
+
+    model = small()
+    for workers in (1, 3):
+        with no_grad():
+            assert not any(in_shares(model, recorded, [0, 1, 2], workers))
+        assert all(in_shares(model, recorded, [0, 1, 2], workers))
 
 
 def test_serial_and_parallel_kernels_have_a_cache_each():

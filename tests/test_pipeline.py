@@ -266,7 +266,42 @@ def test_a_mistake_in_ones_own_last_file_is_told_before_anything_is_trained(fini
     }
     with pytest.raises(ValueError, match=r"prompts\.jsonl:2: neither messages nor a prompt"):
         run(PipelineConfig(out=tmp_path / "own", size="tiny", **options))
-    assert not (tmp_path / "own" / "pretrain").exists()
+    for name in options:
+        empty = tmp_path / "empty.jsonl"
+        empty.write_text("")
+        told = "holds no document" if name == "pretrain_data" else f"--{name.replace('_', '-')}: .* it is empty"
+        good = options | {"prompts": (data / "prompts.jsonl",)}
+        with pytest.raises(ValueError, match=told):
+            run(PipelineConfig(out=tmp_path / "own", size="tiny", **good | {name: (empty,)}))
+    assert not (tmp_path / "own").exists()
+
+
+def test_the_time_of_a_stage_that_was_stopped_is_kept(copy, monkeypatch, capsys):
+    """Where the stage goes on; where it begins again, what it had taken is gone with what it had made."""
+    clock, stops = [0.0], [True]
+    monkeypatch.setattr(pipeline.time, "perf_counter", lambda: clock[0])
+
+    def make(stage):
+        (stage.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        clock[0] += 100
+        if stops.pop():
+            raise KeyboardInterrupt
+        return {"before": 1.0, "after": 2.0}
+
+    monkeypatch.setitem(pipeline.MAKE, "dpo", make)
+    monkeypatch.setitem(pipeline.MAKE, "report", lambda stage: json.loads(report))
+    monkeypatch.setattr(pipeline, "write_page", lambda config, notes: None)
+    report = json.dumps(json.loads((copy / pipeline.NOTES).read_text())["stages"]["report"])
+    with pytest.raises(KeyboardInterrupt):
+        run(PipelineConfig(out=copy, size="tiny", from_="dpo"))
+    stops.append(False)
+    notes = run(PipelineConfig(out=copy, size="tiny"))
+    assert notes["stages"]["dpo"]["seconds"] == 200 and "[7/8] dpo: 3 min 20 s" in capsys.readouterr().out
+    assert "spent" not in json.loads((copy / pipeline.NOTES).read_text())
+    stops += [False, True]
+    with pytest.raises(KeyboardInterrupt):
+        run(PipelineConfig(out=copy, size="tiny", from_="dpo"))
+    assert run(PipelineConfig(out=copy, size="tiny", resume=False))["stages"]["dpo"]["seconds"] == 100
 
 
 def test_durations_and_memory_read_well():

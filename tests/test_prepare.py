@@ -1,5 +1,7 @@
 import json
+import re
 import runpy
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minillm.data import prepare as prepare_module
 from minillm.data.classifier import Classifier
 from minillm.data.datasets import Batches, Windows, open_splits
 from minillm.data.prepare import STEPS, Prepare, is_held_out, prepare, table
@@ -164,16 +167,58 @@ def test_bad_lines_stop_it_or_are_counted_and_no_half_output_stays(inputs, tmp_p
 
 def test_an_output_that_is_there_is_replaced_only_when_told(inputs, tmp_path):
     first = prepare(settings(inputs, tmp_path / "out")).manifest
-    with pytest.raises(ValueError, match="out exists: remove it, or replace it with --overwrite True"):
+    with pytest.raises(ValueError, match="out is not empty: take another --out, or replace it with --overwrite True"):
         prepare(settings(inputs, tmp_path / "out"))
-    with pytest.raises(ValueError, match="no document is left"):  # a failure leaves the old one alone
+    with pytest.raises(ValueError, match=r"no document is left: default\.word_count dropped 1 \(first: .*x\.jsonl:1: "):
         prepare(settings([write(tmp_path / "x.jsonl", ["short"])], tmp_path / "out", overwrite=True))
     assert json.loads((tmp_path / "out/manifest.json").read_text(encoding="utf-8")) == first
     prepare(settings(inputs[:1], tmp_path / "out", overwrite=True))
     assert list(json.loads((tmp_path / "out/manifest.json").read_text(encoding="utf-8"))["sources"]) == ["one"]
     (tmp_path / "mine").mkdir()
-    with pytest.raises(ValueError, match="mine exists and holds no prepared data"):
+    (tmp_path / "mine/thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"mine is not empty, and was not made by prepare\.py"):
         prepare(settings(inputs, tmp_path / "mine", overwrite=True))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "one.jsonl", "out", "two.jsonl", "x.jsonl"]
+
+
+def test_of_two_runs_into_one_folder_the_second_is_refused(inputs, tmp_path, monkeypatch):
+    """And a third, after the first was killed, takes what it left away."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    select, refused = prepare_module._select, []
+
+    def slow(*args):
+        if not refused:
+            with pytest.raises(ValueError, match=r"out\.partial is in use by process \d+ on .*: wait for it") as told:
+                prepare(settings(inputs, out))
+            refused.append(told)
+        return select(*args)
+
+    monkeypatch.setattr(prepare_module, "_select", slow)
+    partial.mkdir()
+    (partial / "text").write_text("of a run that was killed")
+    (partial / ".lock").write_text('{"pid": 1, "host": "' + socket.gethostname() + '"}')
+    prepare(settings(inputs, out))
+    assert refused and open_splits(out, verify=True)
+    assert not partial.exists() and not (out / ".lock").exists()
+
+
+def test_what_prepare_has_written_itself_is_no_input(inputs, tmp_path):
+    """OUT in the folder that is read, a second time and beside another output; but text/ by its name is an input."""
+    other = tmp_path / "other"
+    first = prepare(settings([tmp_path], tmp_path / "out")).manifest["sources"][tmp_path.name]
+    prepare(settings([tmp_path], other))
+    (tmp_path / "out.partial").mkdir()  # after a kill
+    (tmp_path / "out.partial/dropped.jsonl").write_text("{}\n")
+    again = prepare(settings([tmp_path], tmp_path / "out", overwrite=True)).manifest["sources"][tmp_path.name]
+    assert [Path(file["path"]).name for file in again["files"]] == ["one.jsonl", "two.jsonl"]
+    assert again["documents"] == first["documents"] == 80
+    assert again["left_out"] and all(Path(path).is_relative_to(other) for path in again["left_out"])
+    with pytest.raises(ValueError, match="other holds nothing but prepared data: name its folder text/"):
+        prepare(settings([other], tmp_path / "new"))
+    kept = prepare(settings([other / "text"], tmp_path / "new")).manifest["sources"]["text"]
+    assert kept["documents"] == first["kept"]
+    with pytest.raises(ValueError, match=r"text is in --out .*other, which would be replaced: take another --out"):
+        prepare(settings([other / "text"], other, overwrite=True))
 
 
 def test_the_table_names_every_rule_and_source(inputs, tmp_path):
@@ -183,6 +228,12 @@ def test_the_table_names_every_rule_and_source(inputs, tmp_path):
     for name in ("one", "two", "duplicate.exact", "duplicate.near", "default.word_count"):
         assert any(line.startswith(name) for line in lines), name
     assert set(report.seconds) <= set(STEPS)
+    assert "tokenizer: 512 tokens, trained on the kept text" in lines
+    few = prepare(settings(inputs, tmp_path / "few", vocab_size=100_000))
+    told = r"tokenizer: [\d,]+ tokens, trained on the kept text, which gives no more \(--vocab-size 100,000\)"
+    assert any(re.fullmatch(told, line) for line in table(few))
+    given = prepare(settings(inputs, tmp_path / "given", tokenizer=tmp_path / "out"))
+    assert f"tokenizer: 512 tokens, from {tmp_path / 'out'}" in table(given)
     assert list(table(replace_report(report, documents=0)))  # an empty source divides by nothing
 
 

@@ -379,6 +379,25 @@ def test_the_best_checkpoint_is_kept_and_its_model_is_written(world, tmp_path, m
     assert np.array_equal(model.flat, common.load_with_head(here.out / "checkpoints/step-00000003", "lm").flat)
 
 
+def test_who_no_longer_wants_the_best_gets_the_last(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "evaluate_tokens", lambda *_: {"eval_bits_per_byte": 1.0 + here.out.stat().st_mtime})
+    here = config(world, "pretrain", tmp_path / "out", keep_best=True)
+    stopped_after(5, pretrain, here, monkeypatch)
+    pretrain.train(dataclasses.replace(here, resume=True, keep_best=False))
+    assert "kept: " not in capsys.readouterr().out
+    newest = here.out / "checkpoints/step-00000009/model.safetensors"
+    assert (here.out / "model.safetensors").read_bytes() == newest.read_bytes()
+
+
+def test_a_run_that_is_longer_than_it_may_be_is_not_cut(world, tmp_path, monkeypatch):
+    here = config(world, "pretrain", tmp_path / "out")
+    stopped_after(5, pretrain, here, monkeypatch)
+    before = left(here.out)
+    with pytest.raises(ValueError, match="has seen 6 updates, and these settings make 4: go on with a larger --tokens"):
+        pretrain.train(dataclasses.replace(here, resume=True, tokens=4 * 4 * 24))
+    same(left(here.out), before)
+
+
 def test_checkpoints_by_the_clock(world, tmp_path, monkeypatch):
     clock = iter(range(0, 10_000, 25))
     monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import http.client
 import importlib.util
 import json
@@ -909,6 +910,16 @@ def test_a_mistake_is_one_line(arguments, code, message, folder, tmp_path, monke
         words = arguments.format(tiny=folder, taken=taken.getsockname()[1]).split()
         status, out, err = status_of(script.main, "serve.py", *words)
     assert (status, out) == (code, "") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [socket.gaierror(socket.EAI_NONAME, "Name or service not known"), OSError(errno.EADDRNOTAVAIL, "?")]
+)
+def test_a_host_that_is_none_of_this_machine_is_told_so_and_no_other_port_advised(error, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: (_ for _ in ()).throw(error))
+    told = r"--host nosuch --port 8000 can not be used \(.*\): take an address of this machine, such as 127\.0\.0\.1$"
+    with pytest.raises(ValueError, match=told):
+        script.listen("nosuch", 8000)
 
 
 def test_without_the_extra_it_is_named(folder, monkeypatch, status_of):

@@ -719,6 +719,16 @@ def test_a_run_without_a_bar_says_something_now_and_then(tmp_path, monkeypatch, 
 # ------------------------------------------------------------------ pretraining
 
 
+def test_a_run_without_a_bar_tells_each_row_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_module, "QUIET", 0)
+    with run_module.Run(settings(tmp_path, log_every=2, eval_every=4, save_minutes=0.0), 9) as run:
+        for _ in run.steps(lambda: {"eval_loss": 1.0}):
+            run.count(3)
+            run.add({"loss": 2.0})
+    told = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert told == ["0/9", "2/9", "4/9", "6/9", "8/9", "9/9"]
+
+
 def pretraining(tmp_path, data, name="out", **options):
     options = {
         "hidden_size": 16,
@@ -900,7 +910,7 @@ def test_sft_evaluates_on_conversations_it_does_not_train(tmp_path, monkeypatch,
         evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"]
         and abs(evaluated[0]["eval_loss"] / math.log(V) - 1) < 0.02
     )
-    assert f"left out: 1 longer than 65 tokens (first: {tmp_path}/out.jsonl:40)" in capsys.readouterr().out
+    assert f"left out: 1 too long for a length of 64 tokens (first: {tmp_path}/out.jsonl:40)" in capsys.readouterr().out
 
 
 def test_sft_holds_out_questions_and_not_only_rows(tmp_path, monkeypatch):
@@ -1024,7 +1034,7 @@ def test_a_reward_models_embedding_and_head_have_a_rate_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
-def test_what_a_reward_model_reads_is_in_its_folder_and_all_that_score_read_it(lora_rank, tmp_path):
+def test_what_a_reward_model_reads_is_in_its_folder_and_all_that_score_read_it(lora_rank, tmp_path, capsys):
     rows = [{"prompt": f"{n}", "chosen": "yes, it is", "rejected": "no"} for n in range(10)]
     pairs, out = write(tmp_path / "p.jsonl", rows), tmp_path / "reward"
     base = model_folder(tmp_path / "base")
@@ -1038,7 +1048,13 @@ def test_what_a_reward_model_reads_is_in_its_folder_and_all_that_score_read_it(l
         best_of_n.best_of_n(best_of_n.BestOfNConfig(out=tmp_path / name, **told))
         return np.array([row["scores"] for row in rows_of(tmp_path / name / "best.jsonl")])
 
-    pooled, values = scored("pooled"), json.loads((out / "config.json").read_text())
+    def scores_of(name):
+        capsys.readouterr()
+        found = scored(name)
+        assert f"written to {tmp_path / name / 'best.jsonl'}, for scripts/sft.py --data" in capsys.readouterr().out
+        return found
+
+    pooled, values = scores_of("pooled"), json.loads((out / "config.json").read_text())
     assert values.pop("score_pooling") == "mean"
     (out / "config.json").write_text(json.dumps(values))
     assert (pooled != scored("last")).all()  # of the same answers, none of one token

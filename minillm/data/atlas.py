@@ -119,13 +119,17 @@ class Question(NamedTuple):
     @classmethod
     def from_row(cls, row):
         """The question of such a row. ValueError: a field is missing, or there is not one message."""
+        names = [name for name in cls._fields if name != "text"]
+        if missing := [name for name in ("messages", *names) if name not in row]:
+            raise ValueError(f"not a question of the atlas, as in dev.jsonl or heldout.jsonl: no {', '.join(missing)}")
         try:
             (message,) = row["messages"]
-            fields = {name: row[name] for name in cls._fields if name != "text"}
+            fields = {name: row[name] for name in names}
             fields |= {name: tuple(fields[name]) for name in ("aliases", "options")}
             return cls(text=message["content"], **fields)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not a question of the atlas: {error!r} in the row {str(row)[:80]}") from None
+        except (KeyError, TypeError, ValueError):
+            told = 'messages has to be [{"role": "user", "content": ...}], and aliases and options lists'
+            raise ValueError(f"not a question of the atlas, as in dev.jsonl or heldout.jsonl: {told}") from None
 
 
 class Gold(NamedTuple):

@@ -25,6 +25,8 @@ import numpy as np
 from ..chat import TEMPLATES, check_messages, render
 from .readers import read_rows
 
+TUNED = '{"messages": [...]} or {"prompt": ..., "response": ...}'
+COMPARED = '{"prompt": ..., "chosen": ..., "rejected": ...} or {"prompt": ..., "ranked": [best, ...]}'
 MISFIT = "that the template has no place for"
 TODAY = datetime(2024, 7, 26)  # for templates that write the date: examples are the same on any day. Llama 3.2's own
 
@@ -107,6 +109,8 @@ def read_preferences(path, bad=None):
     """Each Preference of a file."""
 
     def parse(where, row):
+        if "ranked" not in row and not {"chosen", "rejected"} & row.keys():
+            raise ValueError(f"chosen is missing: {COMPARED} is needed")
         ranked = row["ranked"] if "ranked" in row else [_answer(row, "chosen"), _answer(row, "rejected")]
         if not isinstance(ranked, list) or len(ranked) < 2:
             raise ValueError("ranked has to be a list of at least two answers, the best first")
@@ -162,7 +166,11 @@ def _messages(row, answered):
     check_messages(messages)
     if not answered:
         return question_of(messages)
-    return messages if field == "messages" else [*messages, {"role": "assistant", "content": _answer(row, "response")}]
+    if field == "messages":
+        return messages
+    if "response" not in row:
+        raise ValueError(f"response is missing: {TUNED} is needed")
+    return [*messages, {"role": "assistant", "content": _answer(row, "response")}]
 
 
 def question_of(messages):
@@ -228,7 +236,7 @@ def encode_conversations(conversations, template, tokenizer, length):
             examples.leave_out(conversation.where, MISFIT, error)
             continue
         if len(ids) > length + 1:
-            examples.leave_out(conversation.where, f"longer than {length + 1} tokens")
+            examples.leave_out(conversation.where, f"too long for a length of {length} tokens")
         elif not mask[1:].any():
             examples.leave_out(conversation.where, "with no token to train", _why_untrained(template))
         else:

@@ -12,12 +12,12 @@ The manifest holds no time and no machine: the same input, settings and seed giv
 workers.
 """
 
+import functools
 import hashlib
 import itertools
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import textwrap
 import time
@@ -33,6 +33,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from .. import __version__
+from ..checkpoint import sha256
+from ..files import read_object
 from ..tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from .classifier import Classifier, WordList, classifier_rule, word_list_rule
 from .clean import clean, scrub_pii
@@ -40,6 +42,7 @@ from .datasets import FORMAT, MANIFEST, TokenWriter
 from .dedup import ExactIndex, NearIndex, NgramIndex, fingerprint, signature
 from .filters import PRESETS, judge
 from .language import code_of, identify, language_rule
+from .output import aside, aside_of, check_out
 from .readers import Bad, find_sources, read, read_rows
 
 STEPS = ("read", "clean", "language", "quality", "classifier", "toxicity", "pii", "contamination", "hash", "exact",
@@ -347,26 +350,48 @@ def prepare(settings, show_progress=False):
     ValueError: an input or setting that can not be used, too many bad lines, nothing left. Then OUT is as it was.
     """
     begin = time.perf_counter()
-    sources = find_sources(settings.inputs)
+    out = Path(settings.out)
+    sources = _without_prepared(settings.inputs, out)
     if unknown := settings.weights.keys() - {source.name for source in sources}:
         raise ValueError(f"--weights names the source {sorted(unknown)[0]!r}, and there is none of that name")
-    out = Path(settings.out)
-    if out.exists() and not settings.overwrite:
-        raise ValueError(f"{out} exists: remove it, or replace it with --overwrite True")
-    if out.exists() and not (out / MANIFEST).exists():
-        raise ValueError(f"{out} exists and holds no prepared data: it is not mine to replace")
+    check_out(out, settings.overwrite, MANIFEST, "prepare.py")
     tokenizer = settings.tokenizer and Tokenizer.load(settings.tokenizer)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with aside(out) as partial:
         report = _prepare(settings, sources, tokenizer, partial, show_progress)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return report._replace(elapsed=time.perf_counter() - begin)
+
+
+def _without_prepared(inputs, out):
+    """The Sources of `inputs`, without what an earlier run has made of them: OUT, and other folders of prepared data
+    that lie in a folder to read. ValueError: nothing else is there; an input lies in OUT, which would be replaced."""
+    mine = [folder.resolve() for folder in (out, aside_of(out))]
+    is_mine = lambda file: any(file.resolve().is_relative_to(folder) for folder in mine)
+    holds_prepared, sources = functools.cache(_holds_prepared), []
+    for given, source in zip(inputs, find_sources(inputs), strict=True):
+        named = {Path(given), Path(str(given).rpartition("=")[2])}
+        if any(is_mine(path) for path in named if path.exists()):
+            raise ValueError(f"{given} is in --out {out}, which would be replaced: take another --out")
+        files = [file for file in source.files if not is_mine(file)]
+        left_out = [file for file in source.left_out if not is_mine(file)]
+        prepared = {file for file in files if any(map(holds_prepared, _folders(file, named)))}
+        if not (kept := tuple(file for file in files if file not in prepared)):
+            raise ValueError(f"{given} holds nothing but prepared data: name its folder text/ to read that again")
+        sources.append(source._replace(files=kept, left_out=tuple(sorted([*left_out, *prepared]))))
+    return sources
+
+
+def _folders(file, named):
+    """The folders that a file stands in, up to the one that was `named` to be read; none where the file itself was."""
+    above = [file, *file.parents]
+    return above[1 : next(i for i, path in enumerate(above) if path in named) + 1]
+
+
+def _holds_prepared(folder):
+    """Whether this is a folder that `prepare` has made."""
+    try:
+        return {"format", "sources", "tokens"} <= read_object(folder / MANIFEST).keys()
+    except (FileNotFoundError, ValueError):  # there is none, or it is another program's
+        return False
 
 
 def _prepare(settings, sources, tokenizer, folder, show_progress):
@@ -380,9 +405,7 @@ def _prepare(settings, sources, tokenizer, folder, show_progress):
     finally:
         texts.close()
     if not any(account.kept for account in accounts.values()):
-        raise ValueError(
-            "no document is left: dropped.jsonl would name the rule that each one broke; try --preset none"
-        )
+        raise ValueError(f"no document is left: {_why_none(accounts, examples, bad)}")
     if tokenizer is None:
         begin = time.perf_counter()
         tokenizer = Tokenizer.train(_sample(texts, settings.tokenizer_characters), settings.vocab_size)
@@ -406,13 +429,23 @@ def _prepare(settings, sources, tokenizer, folder, show_progress):
         "bad_lines": {"count": bad.count, "examples": bad.examples},
         "near_duplicates": families,
         "evaluation": _evaluation(settings),
-        "tokenizer": {"vocab_size": tokenizer.vocab_size, "sha256": _sha256(folder / "tokenizer.json")},
+        "tokenizer": {"vocab_size": tokenizer.vocab_size, "sha256": sha256(folder / "tokenizer.json")},
         "weights": settings.weights,
         "tokens": pieces,
     }
     text = json.dumps(manifest, indent=1, ensure_ascii=False, default=str)  # paths as strings
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return Report(json.loads(text), examples, dict(seconds), 0.0)
+
+
+def _why_none(accounts, examples, bad):
+    """Which rules have dropped everything, with an example of each."""
+    rules = sum((account.dropped for account in accounts.values()), Counter())
+    told = [f"{rule} dropped {n:,} (first: {examples[rule][0]:.150})" for rule, n in rules.most_common(3)]
+    if bad.count:
+        told.append(f"{bad.count:,} malformed lines were skipped (first: {bad.examples[0]:.150})")
+    hint = "; --preset none takes the rules of quality away" if any(r.startswith(tuple(PRESETS)) for r in rules) else ""
+    return ", ".join(told) + hint
 
 
 def _timed(documents, seconds):
@@ -530,12 +563,7 @@ def _batches_of(items, count):
 
 
 def _file(path):
-    return {"path": str(path), "bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 # ------------------------------------------------------------------ the table
@@ -576,6 +604,11 @@ def table(report):
             f"near duplicates: {families['dropped']:,} in {families['families']:,} families, the largest of "
             f"{largest['documents']} around {Path(largest['first']).name}"
         )
+    size, told = report.manifest["tokenizer"]["vocab_size"], report.manifest["settings"]
+    origin = f"from {told['tokenizer']}" if told["tokenizer"] else "trained on the kept text"
+    if not told["tokenizer"] and size < told["vocab_size"]:
+        origin += f", which gives no more (--vocab-size {told['vocab_size']:,})"
+    yield f"tokenizer: {size:,} tokens, {origin}"
     megabytes = characters / 1e6
     speeds = [f"{step} {megabytes / report.seconds[step]:.1f}" for step in STEPS if report.seconds.get(step, 0) > 0]
     yield from textwrap.wrap(f"MB/s of one core: {', '.join(speeds)}", 118)

@@ -17,23 +17,29 @@ from ..chat import stop_ids
 from ..data.conversations import encode_prompts, question_of, read_prompts
 from ..data.readers import Bad
 from ..generate import generate
-from ..kernels.device import check_device
 from .common import ChatSettings, load_judge, load_tokenizer, padding_of, read_files, template_of
 from .ppo import as_answer, model_rewards
-from .run import claim
+from .run import claim, in_its_folder
 
 
 @dataclass(kw_only=True)
 class BestOfNConfig(ChatSettings):
-    """Best of n against a reward model. It samples and trains nothing: of the shared settings, only out, overwrite,
-    seed, device, precision and batch_size (prompts at once) are used."""
+    """Best of n against a reward model. It samples and trains nothing."""
 
+    tensorboard = resume = False  # no options: what `claim` wants to know of a trainer
+
+    out: Path
+    """the folder to make: best.jsonl with the kept conversations, settings.json"""
+    model: Path
+    """the model that answers"""
     reward: Path
     """the reward model's folder"""
     prompts: tuple[Path, ...]
     """prompts: JSON lines of {"messages": [...]} or {"prompt": ...}"""
     n: int = 8
     """answers to each prompt"""
+    batch_size: int = 32
+    """prompts at once"""
     max_new_tokens: int = 48
     """the longest answer"""
     temperature: float = 1.0
@@ -41,17 +47,17 @@ class BestOfNConfig(ChatSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (("n", 1), ("max_new_tokens", 1)):
-            self.at_least(name, least)
+        for name in ("n", "batch_size", "max_new_tokens"):
+            self.at_least(name, 1)
         self.above("temperature", 0)
         if not self.prompts:
             raise ValueError("--prompts needs at least one file")
 
 
+@in_its_folder
 def best_of_n(config):
     """Write best.jsonl to the output folder, one conversation for each prompt with its score and the scores of all its
     answers; returns the means {"first": ..., "best": ...}. Answers that do not end are kept only if none does."""
-    check_device(config.device)
     tokenizer, template = load_tokenizer(config.model), template_of(config.model, config.template)
     model = config.load(config.model, "lm")
     reward_model = load_judge(config, tokenizer, template, model.config.vocab_size)
@@ -88,4 +94,5 @@ def best_of_n(config):
     means = {"first": float(np.mean(first)), "best": float(np.mean(best))}
     told = f"mean score {means['first']:.3f} of one answer, {means['best']:.3f} of the best of {config.n}"
     print(f"{len(examples):,} prompts: {told}")
+    print(f"written to {config.out / 'best.jsonl'}, for scripts/sft.py --data")
     return means

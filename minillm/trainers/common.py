@@ -35,87 +35,25 @@ IGNORED = -100  # a target that is not in the loss
 
 
 @dataclass(kw_only=True)
-class Settings:
-    """What every trainer can be told. A trainer's own config adds to it and says why its defaults differ."""
+class RunSettings:
+    """What every run can be told. Whether it trains a model or samples from it."""
 
     out: Path
-    """the folder to make: the model, metrics.jsonl, samples.jsonl, settings.json"""
+    """the folder to make"""
     overwrite: bool = False
     """replace the folder if it is there"""
     seed: int = 0
     """the random numbers of weights, data order and sampling; they are the same on every device"""
     device: Literal["cpu", "cuda"] = "cpu"
-    """cuda: the GPU, by CuPy. A run can be resumed on another device"""
+    """cuda: the GPU, by CuPy"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """of activations and products; weights, gradients, moments, norms and losses are float32 with either. bfloat16 is
     for GPUs, whose tensor cores it is made for"""
 
-    batch_size: int = 32
-    """rows in an update"""
-    micro_batch_size: int = 0
-    """rows computed at once; 0: all of them. Smaller takes less memory and gives the same gradient"""
-    workers: int = 1
-    """threads that share an update's rows, each on one core; 1: all cores in each kernel, which small models are too
-    small for. From 2 on, a number gives the same model whatever the machine's number of cores"""
-    lr: float = 1e-3
-    """the peak learning rate"""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """how the learning rate falls after the warm-up"""
-    warmup: float = 0.02
-    """the share of the updates in which the learning rate rises"""
-    lr_floor: float = 0.1
-    """the last learning rate, as a share of the peak"""
-    weight_decay: float = 0.0
-    """pulls matrices toward zero"""
-    beta1: float = 0.9
-    """Adam: memory of the gradient"""
-    beta2: float = 0.95
-    """Adam: memory of its square; 0.95 forgets a bad batch sooner than 0.999"""
-    eps: float = 1e-8
-    """Adam: added to the root of the square"""
-    max_grad_norm: float = 1.0
-    """a gradient that is longer is scaled down to this length"""
-    on_nan: Literal["stop", "skip"] = "stop"
-    """what to do where a gradient is not finite: stop, or leave that update out and count it"""
-
-    log_every: int = 10
-    """updates between rows of metrics.jsonl"""
-    eval_every: int = 100
-    """updates between evaluations; there is one before the first update and one after the last, too"""
-    samples: int = 4
-    """completions shown at each evaluation"""
-    tensorboard: bool = False
-    """write TensorBoard event files, too"""
-
-    resume: bool = False
-    """go on with the run in --out behind its newest checkpoint, as if it had not been stopped; the options that are not
-    given are then those of that run"""
-    save_every: int = 0
-    """updates between checkpoints; 0: by time alone"""
-    save_minutes: float = 5.0
-    """minutes between checkpoints; 0: by updates alone. With either of the two there is one at the end, too"""
-    keep_last: int = 2
-    """how many checkpoints are kept; older ones are removed"""
-    keep_best: bool = False
-    """keep the checkpoint of the best evaluation, too, and write its model at the end"""
-
     def __post_init__(self):
         for field in dataclasses.fields(self):
             self.of_type(field.name, field.type)
-        for name in ("batch_size", "workers", "log_every", "eval_every", "keep_last"):
-            self.at_least(name, 1)
-        for name in ("seed", "micro_batch_size", "samples", "weight_decay", "save_every", "save_minutes"):
-            self.at_least(name, 0)
-        for name in ("lr", "eps", "max_grad_norm"):
-            self.above(name, 0)
-        for name in ("warmup", "lr_floor"):
-            self.between(name, 0, 1)
-        for name in ("beta1", "beta2"):
-            self.between(name, 0, 1, open_end=True)
-        if self.workers > 1 and self.device == "cuda":
-            self.refuse("workers", "1 with --device cuda: they are for the processor's cores")
-        if self.resume and self.overwrite:
-            raise ValueError("--resume goes on with what --overwrite would remove: only one of them can be meant")
+        self.at_least("seed", 0)
 
     def refuse(self, name, must):
         raise ValueError(f"--{name.replace('_', '-')} has to be {must}, and is {getattr(self, name)}")
@@ -155,6 +93,80 @@ class Settings:
         """The model on the device, with activations of the precision."""
         return model.to(self.device, self.precision)
 
+
+@dataclass(kw_only=True)
+class Settings(RunSettings):
+    """What every trainer can be told. A trainer's own config adds to it and says why its defaults differ."""
+
+    out: Path
+    """the folder to make: the model, metrics.jsonl, samples.jsonl, settings.json"""
+
+    batch_size: int = 32
+    """rows in an update"""
+    micro_batch_size: int = 0
+    """rows computed at once; 0: all of them. Smaller takes less memory and gives the same gradient"""
+    workers: int = 1
+    """threads that share an update's rows, each on one core; 1: all cores in each kernel, which small models are too
+    small for. From 2 on, a number gives the same model whatever the machine's number of cores"""
+    lr: float = 1e-3
+    """the peak learning rate"""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """how the learning rate falls after the warm-up"""
+    warmup: float = 0.02
+    """the share of the updates in which the learning rate rises"""
+    lr_floor: float = 0.1
+    """the last learning rate, as a share of the peak"""
+    weight_decay: float = 0.0
+    """pulls matrices toward zero"""
+    beta1: float = 0.9
+    """Adam: memory of the gradient"""
+    beta2: float = 0.95
+    """Adam: memory of its square; 0.95 forgets a bad batch sooner than 0.999"""
+    eps: float = 1e-8
+    """Adam: added to the root of the square"""
+    max_grad_norm: float = 1.0
+    """a gradient that is longer is scaled down to this length"""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """what to do where a gradient is not finite: stop, or leave that update out and count it"""
+
+    log_every: int = 10
+    """updates between rows of metrics.jsonl"""
+    eval_every: int = 100
+    """updates between evaluations; there is one before the first update and one after the last, too"""
+    samples: int = 4
+    """completions shown at each evaluation"""
+    tensorboard: bool = False
+    """write TensorBoard event files, too"""
+
+    resume: bool = False
+    """go on with the run in --out behind its newest checkpoint, as if it had not been stopped, on another device, too;
+    the options that are not given are then those of that run"""
+    save_every: int = 0
+    """updates between checkpoints; 0: by time alone"""
+    save_minutes: float = 5.0
+    """minutes between checkpoints; 0: by updates alone. With either of the two there is one at the end, too"""
+    keep_last: int = 2
+    """how many checkpoints are kept; older ones are removed"""
+    keep_best: bool = False
+    """keep the checkpoint of the best evaluation, too, and write its model at the end"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("batch_size", "workers", "log_every", "eval_every", "keep_last"):
+            self.at_least(name, 1)
+        for name in ("micro_batch_size", "samples", "weight_decay", "save_every", "save_minutes"):
+            self.at_least(name, 0)
+        for name in ("lr", "eps", "max_grad_norm"):
+            self.above(name, 0)
+        for name in ("warmup", "lr_floor"):
+            self.between(name, 0, 1)
+        for name in ("beta1", "beta2"):
+            self.between(name, 0, 1, open_end=True)
+        if self.workers > 1 and self.device == "cuda":
+            self.refuse("workers", "1 with --device cuda: they are for the processor's cores")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume goes on with what --overwrite would remove: only one of them can be meant")
+
     def optimizer(self, parameters, rates=one_rate):
         """An AdamW with these settings; rates: what lr is multiplied by for some parameters."""
         return AdamW(parameters, self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay, rates=rates)
@@ -187,11 +199,15 @@ class LoraSettings(Settings):
         self.above("lora_alpha", 0)
         if self.quantize != "none" and not self.lora_rank:
             self.refuse("quantize", "none without --lora-rank: four bits can not be trained")
+        for name in ("lora_alpha", "lora_targets"):
+            if getattr(self, name) != getattr(LoraSettings, name) and not self.lora_rank:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} needs --lora-rank: without it the model itself is trained, and no adapter")
 
 
 @dataclass(kw_only=True)
-class ChatSettings(Settings):
-    """Conversations. What all trainers on them can be told."""
+class ChatSettings(RunSettings):
+    """Conversations. What all can be told that reads or writes them."""
 
     model: Path
     """the model folder to start from: pretrained for SFT, the SFT model for all that follows"""
@@ -206,7 +222,7 @@ class ChatSettings(Settings):
 
 
 @dataclass(kw_only=True)
-class TuningSettings(ChatSettings):
+class TuningSettings(ChatSettings, Settings):
     """Examples. What trainers on files of answers can be told: SFT, reward model, DPO."""
 
     data: tuple[Path, ...]
@@ -227,9 +243,17 @@ class TuningSettings(ChatSettings):
         if not self.data:
             raise ValueError("--data needs at least one file")
 
+    def load(self, folder, head, seed=None):
+        """As that of all runs. ValueError: --length is more than this model reads."""
+        model = super().load(folder, head, seed)
+        context = model.config.max_position_embeddings
+        if self.length > context:
+            self.refuse("length", f"at most the context of {folder}, {context}")
+        return model
+
 
 @dataclass(kw_only=True)
-class QuestionSettings(ChatSettings):
+class QuestionSettings(ChatSettings, Settings):
     """Questions. What trainers can be told that write models which answer."""
 
     questions: Path | None = None

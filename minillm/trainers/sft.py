@@ -73,7 +73,7 @@ def train(config):
     model = trainable(config.load(config.model, "lm"), config)
     if config.replay:
         same_tokenizer(config.replay, tokenizer, config.model)
-    length = min(config.length or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    length = config.length or model.config.max_position_embeddings
     conversations = read_files(config.data, read_conversations, Bad(config.skip_bad))
     kept, held = hold_out(conversations, config.held_out, config.seed, key=lambda c: str(opening_of(c.messages)))
     examples = encode_conversations(kept, template, tokenizer, length).checked("--data")
