@@ -433,6 +433,11 @@ FAULTS = {
         ),
     ],
     "minillm/trainers/common.py": [
+        (
+            "    if theirs != template and not",
+            "    if False and not",
+            "reads: a judge of another chat template is heard",
+        ),
         ("schedule(step, steps, self.lr, warmup,", "schedule(step, steps, self.lr, 0,", "rate: no warm-up"),
         (
             "trained[row, 1 : len(ids)] = ids, mask[1:]",
@@ -533,6 +538,7 @@ FAULTS = {
             "share = config.replay_share",
             "replays: the share of the conversations, not of all rows",
         ),
+        ("key=lambda c: str(opening_of(c.messages))", "key=lambda c: c.where", "holds: rows out, not questions"),
     ],
     "minillm/trainers/reward.py": [
         (
@@ -663,6 +669,7 @@ FAULTS = {
         ("trained[:, 1:]", "trained[:, :-1]", "mask: about the token that is read, not its target"),
     ],
     "minillm/data/datasets.py": [
+        ("_checksum(self.source[i]", "_checksum(self.items[i]", "items: computed numbers decide whether a run goes on"),
         (
             "{name: int(taken[name]) for name in self.taken}",
             "{name: int(taken[name]) % len(self.mixture.windows[name]) for name in self.taken}",
@@ -759,6 +766,7 @@ FAULTS = {
         ("self.numbers.append(self.seen - 1)", "self.numbers.append(len(self.numbers))", "stream: numbered as kept"),
     ],
     "minillm/data/conversations.py": [
+        ("1 - preference, -margin", "preference, margin", "second: of two answers the better one, and not preferred"),
         ("mask[: len(before)] = False", "pass", "prompt: the assistant's earlier turns are trained"),
         ("end = trained[-1] + 1 if", "end = trained[-1] if", "prompt: an answer loses its end of turn"),
     ],

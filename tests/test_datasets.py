@@ -568,3 +568,11 @@ def test_items_in_place_of_rows():
     assert [next(resumed) for _ in range(5)] == [next(straight) for _ in range(5)]
     with pytest.raises(ValueError, match=r"batches: rows\.checksum was \d+ and is \d+$"):
         Batches(Items([*items[:6], ("b", 6)]), 3, seed=1).load_state_dict(state)
+
+
+def test_items_are_known_by_what_they_were_made_of():
+    """What was computed differs in its last bits with other threads, and a run goes on all the same."""
+    source = [("a", 1), ("b", 2)]
+    made = [Items([("a", x), ("b", 0.2)], source).identity() for x in (0.1, 0.1 + 2**-50)]
+    assert made[0] == made[1] == Items(source).identity() != Items([("a", 0.1), ("b", 0.2)]).identity()
+    assert Items(["x", "y"], source).rows([1]) == ["y"]

@@ -5,17 +5,18 @@ import contextlib
 from ..checkpoint import LOCK, delete, locked
 
 
-def check_out(out, overwrite, mark, maker):
+def check_out(out, overwrite, mark, maker, hint=""):
     """ValueError where the folder `out` can not be taken. Changes nothing.
 
     mark   the file by which a folder is known to be of the same `maker`, a script's name: only such a one is replaced
+    hint   what else can be done where it is not empty
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, and has to be a folder")
     if not out.exists() or all(path.name == LOCK for path in out.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"{out} is not empty: take another --out, or replace it with --overwrite True")
+        raise ValueError(f"{out} is not empty: take another --out{hint}, or replace it with --overwrite True")
     if not (out / mark).exists():
         raise ValueError(f"{out} is not empty, and was not made by {maker}: it is not mine to replace")
 

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..checkpoint import LOCK, Checkpoints, NotFinite, delete, locked, read, sha256, write_json
+from ..data import output
 from ..data.datasets import MANIFEST
 from ..extras import extra
 from ..files import check_keys, read_object
@@ -89,21 +90,12 @@ def in_its_folder(train):
 def check_out(settings):
     """ValueError where the output folder can not be taken: an error now, not after an hour. Changes nothing."""
     out = settings.out
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, and has to be a folder")
-    there = out.exists() and any(path.name != LOCK for path in out.iterdir())
-    if not there:
-        return
-    ours = (out / SETTINGS).exists()
-    if settings.resume:
-        if not ours:
+    if settings.resume and out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
+        if not (out / SETTINGS).exists():
             raise ValueError(f"{out} has no {SETTINGS}: there is no run to resume")
         return
-    if not settings.overwrite:
-        hint = ", go on with it (--resume)" if (out / "checkpoints").exists() else ""
-        raise ValueError(f"{out} is not empty: take another --out{hint}, or replace it with --overwrite True")
-    if not ours:
-        raise ValueError(f"{out} is not empty, and was not made by a trainer: it is not mine to replace")
+    hint = ", go on with it (--resume)" if (out / "checkpoints").exists() else ""
+    output.check_out(out, settings.overwrite, SETTINGS, "a trainer", hint)
     for name, path in _paths(settings):
         if name != "out" and path.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"--{name} {path} is in --out {out}, which would be replaced: take another --out")
