@@ -35,7 +35,7 @@ class Stretch(NamedTuple):
 
 
 def is_matrix(name, parameter):
-    """Weight decay pulls matrices toward zero, and leaves norms, biases and a scalar head's few numbers alone."""
+    """Weight decay pulls matrices toward zero, a scalar head too, and leaves norms and biases alone."""
     return parameter.ndim >= 2
 
 
