@@ -18,7 +18,8 @@ Backward (Dao et al. 2022, appendix B): p is made again from q, k and lse.
     dv_j = sum_i p_ij do_i          dp_ij = do_i . v_j          ds_ij = p_ij (dp_ij - delta_i)
     delta_i = sum_j p_ij dp_ij = do_i . o_i         (the step that is not obvious: sum_j p_ij v_j is o_i, already there)
     dq_i = scale sum_j ds_ij k_j    dk_j = scale sum_i ds_ij q_i, summed over the heads that share k_j
-    The three lie side by side where Tq = Tk, as q, k and v do in a fused projection: its gradient needs no copy then.
+    Where Tq = Tk, Numba and CUDA write the three side by side, as q, k and v lie in a fused projection, whose gradient
+    then needs no copy (device.joined).
 
 Rungs
     reference   the definition, with the T x T matrix

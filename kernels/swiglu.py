@@ -8,7 +8,8 @@ Contract
 Derivation
     s' = s (1 - s)        silu' = s + x s (1 - s) = s (1 + x (1 - s))
     dgate = dy up silu'(gate)        dup = dy silu(gate)        (s is made again: cheaper than keeping it)
-    The two lie side by side, as gate and up do in a fused projection, whose gradient then needs no copy.
+    The fast versions write the two side by side, as gate and up lie in a fused projection, whose gradient then needs no
+    copy (device.joined).
 
 Rungs
     reference   the definition, with e^-|x| so that nothing overflows
@@ -126,9 +127,8 @@ def _new(x):
 
 def _new_pair(x):
     """Two outputs like x, side by side in an array (rows, 2 F), and that array."""
-    rows = _as_rows(x)
-    N, F = rows.shape
-    both = empty(x, (N, 2 * F))
+    F = x.shape[-1] if x.ndim else 1
+    both = empty(x, (math.prod(x.shape[:-1]), 2 * F))
     return both[:, :F].reshape(x.shape), both[:, F:].reshape(x.shape), both
 
 

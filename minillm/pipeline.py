@@ -168,7 +168,7 @@ class PipelineConfig:
     out: Path = Path("pipeline")
     """the folder of the whole: a folder for each stage, and report.html"""
     size: Literal["tiny", "default", "small", "medium"] = "default"
-    """of model and data: tiny is to try it, default takes 12 to 22 minutes on two cores, medium wants a GPU"""
+    """of model and data: tiny is to try it, default takes 12 to 24 minutes on two cores, medium wants a GPU"""
     seed: int = 0
     """the random numbers of everything"""
     device: Literal["cpu", "cuda"] = "cpu"

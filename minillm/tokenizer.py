@@ -187,14 +187,14 @@ class Tokenizer:
             names[role] = name.get("content") if isinstance(name, dict) else name
             if not isinstance(name, str | dict | None) or not isinstance(names[role], str | None):
                 raise ValueError(f"{config_of(path)}: {role}_token has to be the name of a token, and is {name!r:.60}")
-        if names["pad"] == names["eos"]:
-            names["pad"] = None
         silent = [role for role in ("bos", "eos") if f"{role}_token" not in config]
         if silent and (model := path.with_name("config.json")).exists():
             values, added = read_object(model), backend.get_added_tokens_decoder()
             for role in silent:
                 token = added.get(place) if isinstance(place := values.get(f"{role}_token_id"), int) else None
                 names[role] = token.content if token and token.special else None
+        if names["pad"] == names["eos"]:
+            names["pad"] = None
         return cls(backend, **(names | roles))
 
     def save(self, path):

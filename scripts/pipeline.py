@@ -1,7 +1,7 @@
 """
 From raw text to an aligned model: data, tokenizer, pretraining, SFT, reward model, PPO, DPO and a report.
 
-    python scripts/pipeline.py                        # a world whose answers can be checked: 12 to 22 minutes
+    python scripts/pipeline.py                        # a world whose answers can be checked: 12 to 24 minutes
     python scripts/pipeline.py --size tiny --out tiny # the same in a minute, to try it
     python scripts/pipeline.py --pretrain-data texts/ --sft-data sft.jsonl --preference-data pairs.jsonl \\
         --prompts prompts.jsonl --out mine

@@ -136,6 +136,8 @@ def test_a_folder_whose_tokenizer_names_no_end_has_the_models(tmp_path):
     assert roles({"model_max_length": 1024}, **ids) == ("<other>", "<end>")
     assert roles({"bos_token": None}, **ids) == (None, "<end>")
     assert roles({"bos_token": "<end>", "eos_token": "<other>"}, **ids) == ("<end>", "<other>")
+    assert roles({"pad_token": "<end>"}, eos_token_id=0) == (None, "<end>")
+    assert Tokenizer.load(tmp_path).pad is None  # it pads with its end
     for wrong in (None, [0], 5, 10**9):  # no id, several, a plain token, none at all
         assert roles({}, eos_token_id=wrong) == (None, None)
 

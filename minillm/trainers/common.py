@@ -19,8 +19,9 @@ from .. import autograd as ag
 from .. import functional as F
 from .. import lora
 from ..autograd import no_grad
-from ..chat import TEMPLATES, load_template, noted_template, render
+from ..chat import TEMPLATES, load_template, noted_template
 from ..checkpoint import NotFinite, write_json
+from ..data.conversations import rendered
 from ..data.pack import Batch, best_fit_rows
 from ..files import read_object
 from ..hub import check_vocabulary, load_pretrained, read_config, save_pretrained
@@ -320,7 +321,7 @@ def _read_alike(one, other, tokenizer):
     turns = [("user", "Who?"), ("assistant", "I."), ("user", "Why?"), ("assistant", "So.")]
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        found = [render(messages, template, tokenizer)[0] for template in (one, other)]
+        found = [rendered(messages, template, tokenizer)[0] for template in (one, other)]
     except ValueError:  # one of them has no place for this, or needs tokens that are not there
         return False
     return np.array_equal(*found)

@@ -164,8 +164,7 @@ def train(config):
     reference = config.load(config.reference, "lm") if config.reference else switched_off(model)
     if config.reference:
         same_tokenizer(config.reference, tokenizer, config.model)
-    context = model.config.max_position_embeddings
-    length = min(config.length or context, context)
+    length = config.length or model.config.max_position_embeddings
     preferences = read_files(config.data, read_preferences, Bad(config.skip_bad))
     kept, held = hold_out(preferences, config.held_out, config.seed, key=lambda p: str(p.prompt))
     examples = encode_preferences(kept, template, tokenizer, length, ties=False).checked("--data")

@@ -174,8 +174,7 @@ def train(config):
     if config.pooling != "inherit":
         model.config = replace(model.config, pooling=config.pooling)
     model = trainable(model, config)
-    context = model.config.max_position_embeddings
-    length = min(config.length or context, context)
+    length = config.length or model.config.max_position_embeddings
     preferences = read_files(config.data, read_preferences, Bad(config.skip_bad))
     kept, held = hold_out(preferences, config.held_out, config.seed, key=lambda p: str(p.prompt))
     # The answer's last token is read, too, where a language model only predicts it.

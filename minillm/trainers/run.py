@@ -96,7 +96,7 @@ def check_out(settings):
         return
     hint = ", go on with it (--resume)" if (out / "checkpoints").exists() else ""
     output.check_out(out, settings.overwrite, SETTINGS, "a trainer", hint)
-    for name, path in _paths(settings):
+    for name, path in _paths(settings) if out.exists() else ():
         if name != "out" and path.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"--{name} {path} is in --out {out}, which would be replaced: take another --out")
 
