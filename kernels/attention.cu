@@ -21,6 +21,8 @@
 //       grown by much: of 620 (D = 64) and 610 (D = 128) instructions per pair of tiles
 //       and warp, 128 of them on tensor cores, 560 and 480 are left                       310-360 190-220
 //     backward in one pass (ONE_PASS): 5 products per pair of tiles, not 7; dq by atomics                    170-230
+//     Hopper's products by four warps (WGMMA), which take no register for their operands and
+//       reach all of its tensor cores' rate, where mma reaches 63 % (arXiv 2501.12084)     400-540 210-290  260-370
 #include "common.cuh"
 
 // An operand (B, T, H, D) whose last axis is contiguous, and its strides in numbers.
@@ -74,10 +76,15 @@ __global__ void ends(const int* start, int* end, int B, int Tq, int Tk) {
 
 // ------------------------------------------------------------------ tiles on the tensor cores
 
+// Where a product finds the own rows: in shared memory, each time again, or in registers; or Hopper's instruction for
+// four warps, which reads shared memory itself.
+enum Way { REREAD, HELD, WGMMA };
+
 // ROWS own rows and COLUMNS streamed ones, of Dp numbers each; a warp has WARP_ROWS of the own ones, in M times 16.
-template <typename T, int Dp, int ROWS, int COLUMNS, int WARPS> struct Tiles {
+template <typename T, int Dp, int ROWS, int COLUMNS, int WARPS, Way WAY> struct Tiles {
     static constexpr int THREADS = WARPS * 32, WARP_ROWS = ROWS / WARPS, M = WARP_ROWS / 16;
     static constexpr int R = 2 * M, WIDTH = 4;  // rows of a thread; lanes that share them
+    static constexpr int TEAM = 1;              // warps that multiply together
 
     // Where chunk c (16 bytes, 8 numbers) of a tile's row lies. Chunks trade places within GROUP, by an XOR with the
     // row, so that the same chunk of 8 neighbouring rows, which ldmatrix reads at once, comes from all 32 banks.
@@ -98,6 +105,11 @@ template <typename T, int Dp, int ROWS, int COLUMNS, int WARPS> struct Tiles {
     template <int COUNT>
     static __device__ __forceinline__ void load(unsigned char* tile, const T* from, long long stride, int first,
                                                 int total, int D) {
+        load_to<COUNT>(tile, from, stride, first, total, D, [](int row, int chunk) { return at(row, chunk); });
+    }
+    template <int COUNT, typename Place>
+    static __device__ __forceinline__ void load_to(unsigned char* tile, const T* from, long long stride, int first,
+                                                   int total, int D, Place place) {
         constexpr int STEP = THREADS / CHUNKS;
         int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
         from += (first + row) * stride + chunk * 8;
@@ -105,7 +117,13 @@ template <typename T, int Dp, int ROWS, int COLUMNS, int WARPS> struct Tiles {
 #pragma unroll
         for (int i = 0; i < COUNT; i += STEP, from += STEP * stride)
             if ((THREADS % CHUNKS == 0 || row < STEP) && (COUNT % STEP == 0 || row + i < COUNT))
-                cp_async_16(to + at(row + i, chunk), from, first + row + i < total && chunk * 8 < D);
+                cp_async_16(to + place(row + i, chunk), from, first + row + i < total && chunk * 8 < D);
+    }
+
+    // What was loaded is here, for all threads, and all have read what they were to read before.
+    static __device__ __forceinline__ void arrive() {
+        cp_async_wait<0>();
+        __syncthreads();
     }
 
     // 16 M rows of 8 N columns as mma leaves them: a thread has R of the rows and C of the columns.
@@ -128,12 +146,12 @@ template <typename T, int Dp, int ROWS, int COLUMNS, int WARPS> struct Tiles {
     static __device__ __forceinline__ u32 rows_first() { return at(lane() % 16, lane() / 16); }
     static __device__ __forceinline__ u32 chunks_first() { return at(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2); }
 
-    // The warp's own rows of a tile, as mma's first operand; where KEPT, in registers.
-    template <bool KEPT> struct Own {
-        u32 address, kept[KEPT ? Dp / 16 : 1][M][4];
+    // The warp's own rows of a tile, as mma's first operand.
+    struct Own {
+        u32 address, kept[WAY == HELD ? Dp / 16 : 1][M][4];
         __device__ __forceinline__ explicit Own(const unsigned char* tile) {
             address = shared_address(tile) + warp() * WARP_ROWS * ROW + rows_first();
-            if constexpr (KEPT)
+            if constexpr (WAY == HELD)
 #pragma unroll
                 for (int d = 0; d < Dp / 16; ++d) read(kept[d], d);
         }
@@ -144,27 +162,36 @@ template <typename T, int Dp, int ROWS, int COLUMNS, int WARPS> struct Tiles {
     };
 
     // s = the products of the own rows and the streamed ones
-    template <bool KEPT>
-    static __device__ __forceinline__ void products(Scores& s, Own<KEPT>& own, const unsigned char* streamed) {
+    static __device__ __forceinline__ void products(Scores& s, Own& own, const unsigned char* streamed) {
         u32 address = shared_address(streamed) + chunks_first();
         s = {};
 #pragma unroll
         for (int d = 0; d < Dp / 16; ++d) {
             u32 a[M][4], b[4];
-            if constexpr (!KEPT) own.read(a, d);
+            if constexpr (WAY != HELD) own.read(a, d);
 #pragma unroll
             for (int n = 0; n < COLUMNS / 16; ++n) {
                 ldmatrix_x4(b, along(address + n * 16 * ROW, 2 * d));
 #pragma unroll
                 for (int m = 0; m < M; ++m) {
-                    mma_16x8x16<T>(s.v[m][2 * n], KEPT ? own.kept[KEPT ? d : 0][m] : a[m], b[0], b[1]);
-                    mma_16x8x16<T>(s.v[m][2 * n + 1], KEPT ? own.kept[KEPT ? d : 0][m] : a[m], b[2], b[3]);
+                    const u32(&rows)[4] = WAY == HELD ? own.kept[WAY == HELD ? d : 0][m] : a[m];
+                    mma_16x8x16<T>(s.v[m][2 * n], rows, b[0], b[1]);
+                    mma_16x8x16<T>(s.v[m][2 * n + 1], rows, b[2], b[3]);
                 }
             }
         }
     }
 
-    // acc += p times the streamed rows. What mma left of p in a thread is just what it takes of its first operand.
+    // Columns 16 k to 16 k + 15 of 16 rows of p as a first operand: a thread needs just what a product left in it.
+    static __device__ __forceinline__ void pack(u32 (&a)[4], Scores& p, int m, int k) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int r = 2 * m + e % 2, c = 4 * k + e / 2 * 2;
+            a[e] = pack_two<T>(p(r, c), p(r, c + 1));
+        }
+    }
+
+    // acc += p times the streamed rows
     static __device__ __forceinline__ void accumulate(Sums& acc, Scores& p, const unsigned char* streamed,
                                                       unsigned char*) {
         u32 address = shared_address(streamed) + rows_first();
@@ -172,10 +199,7 @@ template <typename T, int Dp, int ROWS, int COLUMNS, int WARPS> struct Tiles {
         for (int k = 0; k < COLUMNS / 16; ++k) {
             u32 a[M][4], b[4];
 #pragma unroll
-            for (int m = 0; m < M; ++m)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    a[m][e] = pack_two<T>(p(2 * m + e % 2, 4 * k + e / 2 * 2), p(2 * m + e % 2, 4 * k + e / 2 * 2 + 1));
+            for (int m = 0; m < M; ++m) pack(a[m], p, m, k);
 #pragma unroll
             for (int n = 0; n < Dp / 16; ++n) {
                 ldmatrix_x4_trans(b, along(address + k * 16 * ROW, 2 * n));
@@ -197,11 +221,78 @@ template <typename T, int Dp, int ROWS, int COLUMNS, int WARPS> struct Tiles {
     }
 };
 
+// ------------------------------------------------------------------ tiles for four warps at once
+
+// The same with Hopper's instruction, which four warps, a team, ask for together: 64 own rows with all streamed ones.
+// It reads the tiles itself, so that a streamed tile is read once for 64 rows, not once for 16 or 32, and no register
+// holds an operand but p. A tile lies in panels of 64 columns, 128 bytes to a row; chunks trade places as above.
+template <typename T, int Dp, int ROWS, int COLUMNS, int WARPS>
+struct Tiles<T, Dp, ROWS, COLUMNS, WARPS, WGMMA> : Tiles<T, Dp, ROWS, COLUMNS, WARPS, REREAD> {
+    typedef Tiles<T, Dp, ROWS, COLUMNS, WARPS, REREAD> Warps;
+    typedef typename Warps::Scores Scores;
+    typedef typename Warps::Sums Sums;
+    static constexpr int TEAM = 4, PANEL_ROW = 128;
+    static_assert(Dp % 64 == 0 && ROWS == WARPS * 16 && WARPS % TEAM == 0, "whole panels and teams, M = 1");
+
+    template <int COUNT>
+    static __device__ __forceinline__ void load(unsigned char* tile, const T* from, long long stride, int first,
+                                                int total, int D) {
+        Warps::template load_to<COUNT>(tile, from, stride, first, total, D, [](int row, int chunk) {
+            return (chunk / 8 * COUNT + row) * PANEL_ROW + (chunk % 8 ^ row % 8) * 16;
+        });
+    }
+
+    static __device__ __forceinline__ void arrive() {
+        cp_async_wait<0>();
+        fence_proxy_async();
+        __syncthreads();
+    }
+
+    // A tile of COUNT rows as an operand, and where in it the 16 columns from 16 d on are.
+    template <int COUNT> static __device__ __forceinline__ u32 operand(const unsigned char* tile) {
+        return wgmma_operand(shared_address(tile), COUNT * PANEL_ROW);
+    }
+    template <int COUNT> static __device__ __forceinline__ u32 columns(int d) {
+        return (d / 4 * COUNT * PANEL_ROW + d % 4 * 32) / 16;
+    }
+
+    // The team's own rows of a tile.
+    struct Own {
+        u32 rows;
+        __device__ __forceinline__ explicit Own(const unsigned char* tile) {
+            rows = operand<ROWS>(tile + Warps::warp() / TEAM * TEAM * 16 * PANEL_ROW);
+        }
+    };
+
+    static __device__ __forceinline__ void products(Scores& s, Own& own, const unsigned char* streamed) {
+        const u32 rows = operand<COLUMNS>(streamed);
+        wgmma_fence();
+#pragma unroll
+        for (int d = 0; d < Dp / 16; ++d)
+            wgmma_rows<T>(s.v[0], own.rows + columns<ROWS>(d), rows + columns<COLUMNS>(d), d > 0);
+        wgmma_commit();
+        wgmma_wait<0>();
+    }
+
+    static __device__ __forceinline__ void accumulate(Sums& acc, Scores& p, const unsigned char* streamed,
+                                                      unsigned char*) {
+        u32 a[COLUMNS / 16][4];
+#pragma unroll
+        for (int k = 0; k < COLUMNS / 16; ++k) Warps::pack(a[k], p, 0, k);
+        const u32 rows = operand<COLUMNS>(streamed);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < COLUMNS / 16; ++k) wgmma_sums<T>(acc.v[0], a[k], rows + k * 16 * PANEL_ROW / 16);
+        wgmma_commit();
+        wgmma_wait<0>();
+    }
+};
+
 // ------------------------------------------------------------------ tiles of floats
 
 // The same without tensor cores: half a warp shares R rows, its lanes take every 16th column.
-template <int Dp, int ROWS, int COLUMNS, int WARPS> struct Tiles<float, Dp, ROWS, COLUMNS, WARPS> {
-    static constexpr int THREADS = WARPS * 32, WARP_ROWS = ROWS / WARPS, R = WARP_ROWS / 2, WIDTH = 16;
+template <int Dp, int ROWS, int COLUMNS, int WARPS, Way WAY> struct Tiles<float, Dp, ROWS, COLUMNS, WARPS, WAY> {
+    static constexpr int THREADS = WARPS * 32, WARP_ROWS = ROWS / WARPS, R = WARP_ROWS / 2, WIDTH = 16, TEAM = 1;
     static constexpr int STRIDE = Dp + 4, SCRATCH_STRIDE = COLUMNS + 4;  // 4 more, so that rows begin in other banks
     static constexpr int ROW = STRIDE * 4;
 
@@ -224,6 +315,11 @@ template <int Dp, int ROWS, int COLUMNS, int WARPS> struct Tiles<float, Dp, ROWS
         }
     }
 
+    static __device__ __forceinline__ void arrive() {
+        cp_async_wait<0>();
+        __syncthreads();
+    }
+
     template <int N> struct Fragment {
         static constexpr int C = N;
         float v[R][N];
@@ -237,15 +333,14 @@ template <int Dp, int ROWS, int COLUMNS, int WARPS> struct Tiles<float, Dp, ROWS
     static __device__ __forceinline__ int row(int r) { return warp() * WARP_ROWS + lane() / 16 * R + r; }
     static __device__ __forceinline__ int column(int c) { return lane() % 16 + 16 * c; }
 
-    template <bool> struct Own {
+    struct Own {
         const float* rows;
         __device__ __forceinline__ explicit Own(const unsigned char* tile) {
             rows = reinterpret_cast<const float*>(tile) + row(0) * STRIDE;
         }
     };
 
-    template <bool KEPT>
-    static __device__ __forceinline__ void products(Scores& s, Own<KEPT>& own, const unsigned char* streamed) {
+    static __device__ __forceinline__ void products(Scores& s, Own& own, const unsigned char* streamed) {
         const float* columns = reinterpret_cast<const float*>(streamed) + column(0) * STRIDE;
         s = {};
 #pragma unroll 2
@@ -299,6 +394,12 @@ template <int Dp, int ROWS, int COLUMNS, int WARPS> struct Tiles<float, Dp, ROWS
 };
 
 // ------------------------------------------------------------------ what all three kernels do with scores
+
+// What the rows see that this thread's warp, or its team of warps, multiplies together, of a tile that begins at `row`.
+template <typename E, typename Rows> __device__ __forceinline__ Sight sight_of_team(const Rows& seen, int row) {
+    constexpr int TEAM_ROWS = E::TEAM * E::WARP_ROWS;
+    return sight(seen, row + E::warp() / E::TEAM * TEAM_ROWS, TEAM_ROWS);
+}
 
 // Scores of columns that a row does not see become -inf.
 template <typename E, typename Rows>
@@ -359,16 +460,16 @@ __device__ __forceinline__ void online_softmax(typename E::Scores& s, typename E
 }
 
 // Grid: (B H, tiles of queries). The last tiles see the most keys and start first, so that the short ones fill up.
-template <typename T, int Dp, int BQ, int BK, int WARPS, bool KEPT>
-__global__ void __launch_bounds__(WARPS * 32, 8 / WARPS)
+template <typename T, int Dp, int BQ, int BK, int WARPS, int BLOCKS, Way WAY>
+__global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 forward(VIEW(q), VIEW(k), VIEW(v), const int* start, float scale2, T* o, float* lse, int Tq, int Tk, int H, int Hk,
         int D) {
-    using E = Tiles<T, Dp, BQ, BK, WARPS>;
-    DYNAMIC_SHARED(qs);
+    using E = Tiles<T, Dp, BQ, BK, WARPS, WAY>;
+    DYNAMIC_SHARED(qs, 1024);
     unsigned char *ks = qs + BQ * E::ROW, *vs = ks + 2 * BK * E::ROW, *scratch = vs + 2 * BK * E::ROW;
     const int b = blockIdx.x / H, h = blockIdx.x % H, hk = h / (H / Hk), i0 = (gridDim.y - 1 - blockIdx.y) * BQ;
     const KeysOfQuery seen = {start + (long long)b * Tq, Tq, Tk - Tq};
-    const Sight block = sight(seen, i0, BQ), own = sight(seen, i0 + E::warp() * E::WARP_ROWS, E::WARP_ROWS);
+    const Sight block = sight(seen, i0, BQ), own = sight_of_team<E>(seen, i0);
     k += b * k_b + hk * k_h, v += b * v_b + hk * v_h;
 
     auto fetch = [&](int j0, int stage) {
@@ -379,10 +480,9 @@ forward(VIEW(q), VIEW(k), VIEW(v), const int* start, float scale2, T* o, float* 
     int j0 = block.some.first / BK * BK, stage = 0;
     E::template load<BQ>(qs, q + b * q_b + h * q_h, q_t, i0, Tq, D);
     fetch(j0, stage);
-    cp_async_wait<0>();
-    __syncthreads();
+    E::arrive();
 
-    typename E::template Own<KEPT> own_q(qs);
+    typename E::Own own_q(qs);
     typename E::Sums acc = {};
     float top[E::R], total[E::R];
 #pragma unroll
@@ -397,8 +497,7 @@ forward(VIEW(q), VIEW(k), VIEW(v), const int* start, float scale2, T* o, float* 
             online_softmax<E>(s, acc, top, total, scale2);
             E::accumulate(acc, s, vs + stage * BK * E::ROW, scratch);
         }
-        cp_async_wait<0>();  // the next tile is here,
-        __syncthreads();     // and this one has been read by all
+        E::arrive();
     }
 
 #pragma unroll
@@ -444,17 +543,17 @@ rows_of_backward(VIEW(dout), VIEW(o), const float* lse, float* lse2, float* delt
 }
 
 // Grid: (B H, tiles of queries), as in the forward. dq_t is dq's step from token to token, dk_t that of dk and dv.
-template <typename T, int Dp, int BQ, int BK, int WARPS, bool KEPT>
-__global__ void __launch_bounds__(WARPS * 32, 8 / WARPS)
+template <typename T, int Dp, int BQ, int BK, int WARPS, int BLOCKS, Way WAY>
+__global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 backward_queries(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const float* delta, const int* start,
                  float scale, float scale2, T* dq, long long dq_t, int Tq, int Tp, int Tk, int H, int Hk, int D) {
-    using E = Tiles<T, Dp, BQ, BK, WARPS>;
-    DYNAMIC_SHARED(qs);
+    using E = Tiles<T, Dp, BQ, BK, WARPS, WAY>;
+    DYNAMIC_SHARED(qs, 1024);
     unsigned char *dos = qs + BQ * E::ROW, *ks = dos + BQ * E::ROW, *vs = ks + 2 * BK * E::ROW;
     unsigned char* scratch = vs + 2 * BK * E::ROW;
     const int b = blockIdx.x / H, h = blockIdx.x % H, hk = h / (H / Hk), i0 = (gridDim.y - 1 - blockIdx.y) * BQ;
     const KeysOfQuery seen = {start + (long long)b * Tq, Tq, Tk - Tq};
-    const Sight block = sight(seen, i0, BQ), own = sight(seen, i0 + E::warp() * E::WARP_ROWS, E::WARP_ROWS);
+    const Sight block = sight(seen, i0, BQ), own = sight_of_team<E>(seen, i0);
     k += b * k_b + hk * k_h, v += b * v_b + hk * v_h;
 
     auto fetch = [&](int j0, int stage) {
@@ -466,10 +565,9 @@ backward_queries(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const
     E::template load<BQ>(qs, q + b * q_b + h * q_h, q_t, i0, Tq, D);
     E::template load<BQ>(dos, dout + b * dout_b + h * dout_h, dout_t, i0, Tq, D);
     fetch(j0, stage);
-    cp_async_wait<0>();
-    __syncthreads();
+    E::arrive();
 
-    typename E::template Own<KEPT> own_q(qs), own_do(dos);
+    typename E::Own own_q(qs), own_do(dos);
     typename E::Sums dq_sum = {};
     float lse_i[E::R], delta_i[E::R];
 #pragma unroll
@@ -492,8 +590,7 @@ backward_queries(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const
                     ds(r, c) = exp2_fast(fmaf(scale2, p(r, c), -lse_i[r])) * (ds(r, c) - delta_i[r]);
             E::accumulate(dq_sum, ds, ks + stage * BK * E::ROW, scratch);
         }
-        cp_async_wait<0>();
-        __syncthreads();
+        E::arrive();
     }
 
 #pragma unroll
@@ -545,18 +642,18 @@ __device__ __forceinline__ void add_to_dq(float* dq, long long stride, int i0, i
 
 // Grid: (B Hk, tiles of keys); the first keys are seen by the most queries. Streams the tiles of queries of every head
 // that reads the key head hk.
-template <typename T, int Dp, int BK, int BQ, int WARPS, bool KEPT, bool ONE_PASS>
-__global__ void __launch_bounds__(WARPS * 32, 8 / WARPS)
+template <typename T, int Dp, int BK, int BQ, int WARPS, int BLOCKS, Way WAY, bool ONE_PASS>
+__global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 backward_keys(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const float* delta, const int* end,
               float scale, float scale2, float* dq, T* dk, T* dv, long long dk_t, int Tq, int Tp, int Tk, int H, int Hk,
               int D) {
-    using E = Tiles<T, Dp, BK, BQ, WARPS>;
-    DYNAMIC_SHARED(ks);
+    using E = Tiles<T, Dp, BK, BQ, WARPS, WAY>;
+    DYNAMIC_SHARED(ks, 1024);
     unsigned char *vs = ks + BK * E::ROW, *qs = vs + BK * E::ROW, *dos = qs + 2 * BQ * E::ROW;
     unsigned char *stats = dos + 2 * BQ * E::ROW, *scratch = stats + 4 * BQ * 4;  // lse2 and delta of two tiles
     const int b = blockIdx.x / Hk, hk = blockIdx.x % Hk, group = H / Hk, j0 = blockIdx.y * BK;
     const QueriesOfKey seen = {end + (long long)b * Tk, Tk, Tk - Tq};
-    const Sight block = sight(seen, j0, BK), own = sight(seen, j0 + E::warp() * E::WARP_ROWS, E::WARP_ROWS);
+    const Sight block = sight(seen, j0, BK), own = sight_of_team<E>(seen, j0);
     const int first = max(j0 - (Tk - Tq), 0) / BQ * BQ;  // the tile of the first query that sees key j0
 
     auto fetch = [&](int h, int i0, int stage) {
@@ -572,10 +669,9 @@ backward_keys(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const fl
     E::template load<BK>(vs, v + b * v_b + hk * v_h, v_t, j0, Tk, D);
     int h = hk * group, i0 = first, stage = 0;
     fetch(h, i0, stage);
-    cp_async_wait<0>();
-    __syncthreads();
+    E::arrive();
 
-    typename E::template Own<KEPT> own_k(ks), own_v(vs);
+    typename E::Own own_k(ks), own_v(vs);
     typename E::Sums dk_sum = {}, dv_sum = {};
 
     while (i0 < block.some.end && h < (hk + 1) * group) {
@@ -608,8 +704,7 @@ backward_keys(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const fl
             float* to = dq + ((long long)b * Tq * H + h) * D;
             add_to_dq<E, T, Dp, BK, BQ, WARPS>(to, (long long)H * D, i0, Tq, D, scale, ds, scratch, ks);
         }
-        cp_async_wait<0>();
-        __syncthreads();
+        E::arrive();
         h = next_h, i0 = next_i0, stage ^= 1;
     }
 

@@ -27,7 +27,7 @@ Rungs
                 shared between threads, so the result is the same bits for any number of them
     numba_cuda  the same tiles for a GPU, in Python (numba_cuda.py)
     cuda        for a GPU in CUDA C++, on tensor cores for 16-bit floats (attention.cu, with rungs of its own);
-                cuda_atomics is its backward in one pass
+                cuda_atomics is its backward in one pass, cuda_wgmma both with the instructions of Hopper alone
 """
 
 import math
@@ -296,43 +296,74 @@ def _numba_cuda():
 
 # ------------------------------------------------------------------ cuda
 
-# {kernel: {head size: (rows of the tile a block owns, rows of those it streams, warps, own rows kept in registers)}}.
-# Tiles grow until a thread's sums fill its 255 registers: a warp owns 32 rows where these fit, else 16.
+# {kernel: {head size: (rows of the tile a block owns, rows of those it streams, warps, blocks at once, way)}}; a way is
+# where a product finds the own rows (attention.cu: Way). Tiles grow until a thread's sums fill its registers, 255 where
+# 8 warps are at work, 168 where 12 are, 128 where 16 are; a warp owns 32 rows where these fit, else 16.
 TILES = {
-    "forward": {32: (128, 64, 4, True), 64: (128, 64, 4, True), 96: (128, 32, 4, False), 128: (128, 32, 4, False)},
-    "queries": {32: (128, 64, 4, True), 64: (128, 32, 4, False), 96: (64, 64, 4, False), 128: (64, 64, 4, False)},
-    "keys": {32: (128, 32, 4, True), 64: (128, 32, 4, False), 96: (64, 32, 4, False), 128: (64, 32, 4, False)},
-    "one_pass": {32: (128, 32, 4, True), 64: (128, 32, 8, True), 96: (64, 32, 4, False), 128: (128, 32, 8, False)},
+    "forward": {
+        32: (128, 64, 4, 2, "HELD"),
+        64: (128, 64, 4, 2, "HELD"),
+        96: (128, 32, 4, 2, "REREAD"),
+        128: (128, 32, 4, 2, "REREAD"),
+    },
+    "queries": {
+        32: (128, 64, 4, 2, "HELD"),
+        64: (128, 32, 4, 2, "REREAD"),
+        96: (64, 64, 4, 2, "REREAD"),
+        128: (64, 64, 4, 2, "REREAD"),
+    },
+    "keys": {
+        32: (128, 32, 4, 2, "HELD"),
+        64: (128, 32, 4, 2, "REREAD"),
+        96: (64, 32, 4, 2, "REREAD"),
+        128: (64, 32, 4, 2, "REREAD"),
+    },
+    "one_pass": {
+        32: (128, 32, 4, 2, "HELD"),
+        64: (128, 32, 8, 1, "HELD"),
+        96: (64, 32, 4, 2, "REREAD"),
+        128: (128, 32, 8, 1, "REREAD"),
+    },
 }
 # The same for float, where shared memory is the limit.
 FLOAT_TILES = {
-    "forward": dict.fromkeys((64, 128), (32, 32, 4, False)),
-    "queries": dict.fromkeys((64, 128), (32, 16, 4, False)),
-    "keys": dict.fromkeys((64, 128), (32, 16, 4, False)),
+    "forward": dict.fromkeys((64, 128), (32, 32, 4, 2, "REREAD")),
+    "queries": dict.fromkeys((64, 128), (32, 16, 4, 2, "REREAD")),
+    "keys": dict.fromkeys((64, 128), (32, 16, 4, 2, "REREAD")),
+}
+# And for the instruction of four warps that Hopper has.
+WGMMA_TILES = {
+    "forward": {64: (128, 64, 8, 2, "WGMMA"), 128: (192, 64, 12, 1, "WGMMA")},
+    "queries": {64: (64, 64, 4, 3, "WGMMA"), 128: (128, 64, 8, 1, "WGMMA")},
+    "keys": {64: (64, 64, 4, 3, "WGMMA"), 128: (128, 64, 8, 1, "WGMMA")},
 }
 LOG2E = 1 / math.log(2)  # the kernels' exponents are of 2
-PADDED = 128  # lse and delta of the backward are padded to a multiple of it, which is one of every tile's rows
+PADDED = 128  # lse and delta of the backward are padded to a multiple of it, which is one of their tiles' rows
 
 
 def _instance(kernel, ctype, Dp, tile):
     name = {"forward": "forward", "queries": "backward_queries"}.get(kernel, "backward_keys")
-    numbers = [ctype, Dp, *tile[:3], str(tile[3]).lower()]
+    numbers = [ctype, Dp, *tile]
     if name == "backward_keys":
         numbers.append(str(kernel == "one_pass").lower())
     return f"{name}<{', '.join(map(str, numbers))}>"
 
 
-def source_of(tiles, float_tiles):
-    """The Source whose instances have these tiles. Two blocks of 4 warps leave a thread 255 registers."""
+def source_of(*tables):
+    """The Source whose instances have the tiles of these tables."""
     instances = {f"rows_of_backward<{ctype}>": 40 for ctype in cuda.C_TYPES.values()} | {"ends": 40}
     for ctype in cuda.C_TYPES.values():
-        for kernel, sizes in (float_tiles if ctype == "float" else tiles).items():
-            for Dp, tile in sizes.items():
-                instances[_instance(kernel, ctype, Dp, tile)] = 255
-    return cuda.Source("attention.cu", instances)
+        for tiles in tables:
+            if (tiles is FLOAT_TILES) != (ctype == "float"):
+                continue
+            for kernel, sizes in tiles.items():
+                for Dp, tile in sizes.items():
+                    *_, warps, blocks, _ = tile
+                    instances[_instance(kernel, ctype, Dp, tile)] = {8: 255, 12: 168, 16: 128}[warps * blocks]
+    return cuda.Source("attention.cu", instances, hopper=[i for i in instances if "WGMMA" in i])
 
 
-SOURCE = source_of(TILES, FLOAT_TILES)
+SOURCE = source_of(TILES, FLOAT_TILES, WGMMA_TILES)
 
 
 def _fits(q, scale):
@@ -355,11 +386,11 @@ def _view(x, dtype):
     return x, *(np.int64(s // x.itemsize) for s in x.strides[:3])
 
 
-def _chosen(kernel, ctype, D):
+def _chosen(kernel, ctype, D, wgmma=False):
     """(instance, rows of the tile a block owns, threads, bytes of shared memory) for heads of size D."""
-    tiles = (FLOAT_TILES if ctype == "float" else TILES)[kernel]
+    tiles = (FLOAT_TILES if ctype == "float" else WGMMA_TILES if wgmma else TILES)[kernel]
     Dp = min(size for size in tiles if size >= D)
-    own, streamed, warps, _ = tiles[Dp]
+    own, streamed, warps, *_ = tiles[Dp]
     # as attention.cu lays it out: own tiles, two stages of two streamed tiles, and what a kernel has besides
     row = (Dp + 4) * 4 if ctype == "float" else Dp * 2
     shared = ((1 if kernel == "forward" else 2) * own + 4 * streamed) * row
@@ -369,13 +400,14 @@ def _chosen(kernel, ctype, D):
     return _instance(kernel, ctype, Dp, tiles[Dp]), own, warps * 32, shared
 
 
-def _launch(kernel, heads, T, arguments):
+def _launch(kernel, heads, T, arguments, wgmma=False):
     """One of the three kernels, for `heads` heads in all batches and T rows of the side whose tiles blocks own."""
-    instance, own, threads, shared = _chosen(kernel, cuda.c_type(arguments[0]), int(arguments[-1]))
+    instance, own, threads, shared = _chosen(kernel, cuda.c_type(arguments[0]), int(arguments[-1]), wgmma)
     SOURCE.launch(instance, (heads, -(-T // own)), threads, arguments, shared)
 
 
-def cuda_forward(q, k, v, start, scale):
+def cuda_forward(q, k, v, start, scale, wgmma=False):
+    """wgmma=True: with the instruction that Hopper alone has, for 16-bit floats; others are not touched by it."""
     if not _fits(q, scale):
         return reference_forward(q, k, v, start, scale)
     (B, Tq, H, D), (Tk, Hk), dtype = q.shape, k.shape[1:3], _working_dtype(q)
@@ -383,13 +415,14 @@ def cuda_forward(q, k, v, start, scale):
     views = (*_view(q, dtype), *_view(k, dtype), *_view(v, dtype))
     sizes = map(np.int32, (Tq, Tk, H, Hk, D))
     start = cuda.contiguous(start, np.int32)
-    _launch("forward", B * H, Tq, (*views, start, np.float32(scale * LOG2E), o, lse, *sizes))
+    _launch("forward", B * H, Tq, (*views, start, np.float32(scale * LOG2E), o, lse, *sizes), wgmma)
     return o.astype(q.dtype, copy=False), lse
 
 
-def cuda_backward(do, q, k, v, o, lse, start, scale, deterministic=True):
+def cuda_backward(do, q, k, v, o, lse, start, scale, deterministic=True, wgmma=False):
     """deterministic=False: the kernel that makes dk and dv adds to dq, too, with atomics. That is 5 products instead of
     7, and dq rounds another way each time. On tensor cores, where its tiles fit in shared memory; else nothing changes.
+    wgmma=True: as in the forward; there is no such kernel with atomics.
     """
     if not _fits(q, scale):
         return reference_backward(do, q, k, v, o, lse, start, scale)
@@ -416,8 +449,8 @@ def cuda_backward(do, q, k, v, o, lse, start, scale, deterministic=True):
         _launch("one_pass", B * Hk, Tk, (*views, lse2, delta, end, *scales, sums, dk, dv, steps[1], *sizes))
         dq[...] = sums
     else:
-        _launch("queries", B * H, Tq, (*views, lse2, delta, start, *scales, dq, steps[0], *sizes))
-        _launch("keys", B * Hk, Tk, (*views, lse2, delta, end, *scales, None, dk, dv, steps[1], *sizes))
+        _launch("queries", B * H, Tq, (*views, lse2, delta, start, *scales, dq, steps[0], *sizes), wgmma)
+        _launch("keys", B * Hk, Tk, (*views, lse2, delta, end, *scales, None, dk, dv, steps[1], *sizes), wgmma)
     return tuple(x.astype(like.dtype, copy=False) for x, like in ((dq, q), (dk, k), (dv, v)))
 
 
@@ -464,6 +497,7 @@ forward = Kernel(
     versions={
         "numba": numba_forward,
         "cuda": cuda_forward,
+        "cuda_wgmma": lambda *arguments: cuda_forward(*arguments, wgmma=True),
         "numba_cuda": lambda *arguments: _numba_cuda().attention_forward(*arguments),
     },
     example=lambda rng, size: (_example(rng, size), {}),
@@ -476,6 +510,7 @@ backward = Kernel(
         "numba": numba_backward,
         "cuda": cuda_backward,
         "cuda_atomics": lambda *arguments: cuda_backward(*arguments, deterministic=False),
+        "cuda_wgmma": lambda *arguments: cuda_backward(*arguments, wgmma=True),
         "numba_cuda": lambda *arguments: _numba_cuda().attention_backward(*arguments),
     },
     example=_backward_example,

@@ -13,6 +13,7 @@
 typedef __nv_bfloat16 bf16;
 typedef __half fp16;
 typedef unsigned int u32;
+typedef unsigned long long u64;
 
 constexpr u32 FULL_WARP = 0xffffffffu;
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
@@ -21,9 +22,10 @@ constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 // ------------------------------------------------------------------ shared memory
 
 #ifdef __CUDACC__
-// SHARED(float, sums, 32): float sums[32], one per block. DYNAMIC_SHARED(name): its bytes given at the launch.
+// SHARED(float, sums, 32): float sums[32], one per block. DYNAMIC_SHARED(name, 128): bytes of which the launch says how
+// many, from a multiple of 128.
 #define SHARED(type, name, size) __shared__ type name[size]
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define DYNAMIC_SHARED(name, alignment) extern __shared__ __align__(alignment) unsigned char name[]
 #endif
 
 // ------------------------------------------------------------------ numbers
@@ -213,6 +215,13 @@ __device__ __forceinline__ Softmax merge(Softmax a, Softmax b) {
 
 // ------------------------------------------------------------------ instructions
 
+// An operand of wgmma in shared memory, a panel: rows of 128 bytes after each other, from a multiple of 1024 bytes on; in
+// row r, chunk c of 16 bytes lies where chunk c ^ r % 8 would. What is beyond 128 bytes of a row is in another panel,
+// `panel` bytes further on. To begin n bytes later, add n / 16. (PTX ISA, matrix descriptor: the lower half of one. The
+// upper half is the same for all: 8 rows take 1024 bytes, and they are swizzled by 128.)
+__device__ __forceinline__ u32 wgmma_operand(u32 address, u32 panel) { return address >> 4 | panel >> 4 << 16; }
+__device__ __forceinline__ u64 wgmma_descriptor(u32 operand) { return operand | u64(1024 >> 4 | 1u << 30) << 32; }
+
 #ifdef __CUDACC__
 
 // 2^x, to 2 units in the last place, results below 2^-126 flushed to 0.
@@ -281,6 +290,58 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int N> __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
+
+// Hopper's products, which four warps (a warpgroup) ask for together and the tensor cores do meanwhile, reading
+// operands from shared memory themselves. Warp w of the four has the rows 16 w to 16 w + 15 of c and of a, in its lanes'
+// registers as mma_16x8x16 has them. What is asked for stands in this order:
+//     fence_proxy_async   by those that wrote operands to shared memory, before the barrier behind which they are read
+//     wgmma_fence         c, and a where it is in registers, are as the following wgmma are to find them
+//     wgmma ...           several, each adding to what the one before left in c
+//     wgmma_commit        these are one group
+//     wgmma_wait<N>       all but the N newest groups are done: c is there, and operands may be overwritten
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// wgmma_rows: c (64 x 8 N) = a b^T, or added to c, where both operands are 16 columns (32 bytes) of such rows.
+// wgmma_sums: c (64 x 8 N) += a b, where b is 16 such rows, of 8 N columns, and a (64 x 16) is in registers.
+template <typename T, int N> __device__ __forceinline__ void wgmma_rows(float (&c)[N][4], u32 a, u32 b, bool add);
+template <typename T, int N> __device__ __forceinline__ void wgmma_sums(float (&c)[N][4], const u32 (&a)[4], u32 b);
+
+#define REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define REGISTERS_32 REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define REGISTERS_48 REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define REGISTERS_64 REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SUMS_4(c, n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define SUMS_16(c, n) SUMS_4(c, n), SUMS_4(c, n + 1), SUMS_4(c, n + 2), SUMS_4(c, n + 3)
+#define SUMS_32(c, n) SUMS_16(c, n), SUMS_16(c, n + 4)
+#define SUMS_64(c, n) SUMS_32(c, n), SUMS_32(c, n + 8)
+// The operands' numbers follow those of the R = 4 N registers of c.
+#define WGMMA_INSTRUCTIONS(T, NAME, COLUMNS, R, i0, i1, i2, i3, i4, i5)                                              \
+    template <>                                                                                                      \
+    __device__ __forceinline__ void wgmma_rows<T, COLUMNS / 8>(float (&c)[COLUMNS / 8][4], u32 a, u32 b, bool add) { \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %" #i2 ", 0; wgmma.mma_async.sync.aligned.m64n" #COLUMNS         \
+                     "k16.f32." NAME "." NAME " {" REGISTERS_##R "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, 0;}"            \
+                     : SUMS_##R(c, 0) : "l"(wgmma_descriptor(a)), "l"(wgmma_descriptor(b)), "r"(int(add)));          \
+    }                                                                                                                \
+    template <>                                                                                                      \
+    __device__ __forceinline__ void wgmma_sums<T, COLUMNS / 8>(float (&c)[COLUMNS / 8][4], const u32 (&a)[4],        \
+                                                               u32 b) {                                              \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %" #i5 ", 0; wgmma.mma_async.sync.aligned.m64n" #COLUMNS         \
+                     "k16.f32." NAME "." NAME " {" REGISTERS_##R "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %"    \
+                     #i4 ", p, 1, 1, 1;}"                                                                            \
+                     : SUMS_##R(c, 0)                                                                                \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b)), "r"(1));                \
+    }
+#define WGMMA_OF(T, NAME)                                         \
+    WGMMA_INSTRUCTIONS(T, NAME, 32, 16, 16, 17, 18, 19, 20, 21)   \
+    WGMMA_INSTRUCTIONS(T, NAME, 64, 32, 32, 33, 34, 35, 36, 37)   \
+    WGMMA_INSTRUCTIONS(T, NAME, 128, 64, 64, 65, 66, 67, 68, 69)
+WGMMA_OF(bf16, "bf16")
+WGMMA_OF(fp16, "f16")
 
 // p[0] += x and p[1] += y, each atomic; p a multiple of 8 bytes.
 __device__ __forceinline__ void atomic_add_two(float* p, float x, float y) {

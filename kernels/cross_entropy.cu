@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(BLOCK<THREADS>, 1024 / BLOCK<THREADS>)
 fused(T* logits, const int* targets, const float* a, const float* z, const float* c, const float* d, int rows, int V,
       int staged, float scale, float* m, float* log_total, float* x_target, float* x_sum) {
     SHARED(float, partial, 4 * THREADS / 32);
-    DYNAMIC_SHARED(memory);
+    DYNAMIC_SHARED(memory, 128);
     const long long i = row_of_thread<THREADS>();
     if (i >= rows) return;
     const int target = targets[i];

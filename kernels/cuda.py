@@ -36,6 +36,9 @@ GIVEN_SHARED = (48 << 10) - OWN_SHARED  # bytes that a launch may bring as it is
 # The float types of the kernels, as NumPy and as CUDA C++ name them.
 C_TYPES = {"float32": "float", "bfloat16": "bf16", "float16": "fp16"}
 
+# With all that GPUs of this generation have, and later ones have not: the instructions for four warps at once.
+HOPPER = "sm_90a"
+
 _WITHOUT_SIZE = {int, float, bool}  # Python's numbers, which a launch refuses
 _NULL = np.uintp(0)
 
@@ -71,10 +74,15 @@ class Source:
     name       the file's name
     instances  {"kernel<float, 64>": registers}: the C++ name of every instance that may be launched, and the most
                registers a thread of it may use (for the tests: more would cost occupancy, or spill)
+    hopper     those of them that only HOPPER has the instructions for
     """
 
-    def __init__(self, name, instances):
-        self.name, self.instances, self.path = name, instances, FOLDER / name
+    def __init__(self, name, instances, hopper=()):
+        self.name, self.instances, self.path, self.hopper = name, instances, FOLDER / name, frozenset(hopper)
+
+    def instances_of(self, architecture):
+        """The names of those that this architecture can run."""
+        return [i for i in self.instances if architecture == HOPPER or i not in self.hopper]
 
     def launch(self, instance, blocks, threads, arguments, shared=0):
         """Run an instance on the current stream.
@@ -87,6 +95,8 @@ class Source:
         """
         if instance not in self.instances:
             raise KeyError(f"{self.name} has no instance {instance!r}, only {', '.join(self.instances)}")
+        if instance in self.hopper and (found := backend.architecture()) != HOPPER:
+            raise RuntimeError(f"{self.name}, {instance} needs a GPU of {HOPPER} (H100, H200); this one is {found}")
         kinds = [*map(type, arguments)]
         if not _WITHOUT_SIZE.isdisjoint(kinds):
             i = next(i for i, kind in enumerate(kinds) if kind in _WITHOUT_SIZE)
@@ -119,6 +129,8 @@ class Compiled(NamedTuple):
     """bytes of each thread's stack frame: arrays that are not in registers"""
     shared: int
     """bytes of static shared memory"""
+    lost: str
+    """what the assembler says is slower than it was written, such as products that are to overlap and can not"""
 
 
 @functools.cache
@@ -146,7 +158,7 @@ def nvrtc_version():
 
 
 def options(architecture):
-    """NVRTC's options for "sm_90" or another architecture. No fast math for a whole file: what may be approximate is
+    """NVRTC's options for "sm_90a" or another architecture. No fast math for a whole file: what may be approximate is
     called by name in the kernels."""
     _, headers = _nvrtc()
     return ["--std=c++17", f"--gpu-architecture={architecture}", f"-I{FOLDER}", f"-I{headers}", "--ptxas-options=-v"]
@@ -204,6 +216,7 @@ def _resources(log, symbol):
         "spilled": number(r"(\d+) bytes spill"),
         "stack": number(r"(\d+) bytes stack frame"),
         "shared": number(r"(\d+) bytes smem"),
+        "lost": "; ".join(line for line in log.splitlines() if "Performance Loss" in line and f"'{symbol}'" in line),
     }
 
 
@@ -229,6 +242,10 @@ class Gpu:
         """Bytes of shared memory that a launch may ask for."""
         return self._attributes(self._device())["MaxSharedMemoryPerBlockOptin"] - OWN_SHARED
 
+    def architecture(self):
+        """What to compile for."""
+        return _architecture(self._device())
+
     @staticmethod
     def _device():
         return cuda().runtime.getDevice()
@@ -243,9 +260,15 @@ backend = Gpu()
 
 
 @functools.cache
+def _architecture(device):
+    name = f"sm_{cuda().Device(device).compute_capability}"
+    return HOPPER if name == "sm_90" else name
+
+
+@functools.cache
 def _function(source, instance, device):
     """An instance loaded on a device."""
-    symbol, code = _compiled(source, instance, f"sm_{cuda().Device(device).compute_capability}")
+    symbol, code = _compiled(source, instance, _architecture(device))
     module = cuda().function.Module()
     module.load(code)
     return module.get_function(symbol.decode())
@@ -269,7 +292,8 @@ def _compiled(source, instance, architecture):
 def compile_ahead(sources):
     """Compile all instances of some Sources for the GPU at hand, on all cores, so that no launch waits for one. In
     threads: NVRTC does not hold Python's lock."""
-    architecture = f"sm_{cuda().Device().compute_capability}"
+    architecture = backend.architecture()
     _nvrtc()  # once, before the threads want it
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda which: _compiled(*which, architecture), [(s, i) for s in sources for i in s.instances]))
+        wanted = [(source, instance) for source in sources for instance in source.instances_of(architecture)]
+        list(pool.map(lambda which: _compiled(*which, architecture), wanted))

@@ -7,16 +7,23 @@ import numpy as np
 
 KERNELS = []  # every Kernel made, so that tests and benchmarks need no list of their own
 
-# The fastest version for an array's device comes first; the dtypes that they take. Everything else is the reference's:
-# on the host 16-bit floats, which Numba does not know; on a GPU float64, which serves as the oracle.
+# The versions for an array's device, the fastest first; those that are taken by name only; and the dtypes that they all
+# take. Everything else is the reference's: on the host 16-bit floats, which Numba does not know; on a GPU float64, the
+# oracle.
 _PREFERENCE = {"cpu": ("numba",), "cuda": ("cuda", "numba_cuda")}
+_BY_NAME = {"cpu": (), "cuda": ("cuda_atomics", "cuda_wgmma")}
 _DTYPES = {"cpu": ("float32", "float64"), "cuda": ("float32", "bfloat16", "float16")}
 
 
 @functools.cache
-def _fastest(device, dtype):
-    """Names of versions for arrays of this dtype, the fastest first."""
-    return _PREFERENCE[device] if dtype.name in _DTYPES[device] else ()
+def _fastest(device, dtype, wanted):
+    """Names of versions for arrays of this dtype: the one that is wanted, if the device has such, and the fastest."""
+    if wanted and wanted not in (known := ["reference", *sum((*_PREFERENCE.values(), *_BY_NAME.values()), ())]):
+        raise ValueError(f"MINILLM_KERNELS is {wanted!r}, and kernels have the versions {', '.join(known)}")
+    if wanted == "reference" or dtype.name not in _DTYPES[device]:
+        return ()
+    first = [wanted] if wanted in (*_PREFERENCE[device], *_BY_NAME[device]) else []
+    return *first, *_PREFERENCE[device]
 
 
 class Kernel:
@@ -35,7 +42,8 @@ class Kernel:
 
     Calling a Kernel runs the fastest version for the first array's device and dtype, or the reference where there is
     none.
-    MINILLM_KERNELS=reference in the environment makes every call take the reference.
+    MINILLM_KERNELS=reference in the environment makes every call take the reference, and the name of a version that one
+    where a kernel has it for the device.
     """
 
     def __init__(self, name, *, reference, versions, example, saved=lambda *args: args, operations=lambda *args: 0):
@@ -57,9 +65,8 @@ class Kernel:
 
     def choose(self, x):
         """The name of the version a call with first array `x` would run."""
-        if os.environ.get("MINILLM_KERNELS") == "reference":
-            return "reference"
-        for name in _fastest("cpu" if isinstance(x, np.ndarray) else "cuda", x.dtype):
+        wanted = os.environ.get("MINILLM_KERNELS")
+        for name in _fastest("cpu" if isinstance(x, np.ndarray) else "cuda", x.dtype, wanted):
             if name in self.versions:
                 return name
         return "reference"

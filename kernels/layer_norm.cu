@@ -58,7 +58,7 @@ backward(const T* dy, const T* x, const W* weight, const float* u, const float* 
          float* partial) {
     constexpr int ROWS = BLOCK<THREADS> / THREADS, WARPS = THREADS / 32, KEEP = KEPT<N, THREADS>;
     SHARED(float, sums, 4 * WARPS);
-    DYNAMIC_SHARED(memory);
+    DYNAMIC_SHARED(memory, 128);
     float* of_block = partial + 2LL * blockIdx.x * D;
     const Row<W, N, THREADS> weights(weight, D);
     float dweight[KEEP][N], dbias[KEEP][N];  // of the packs that are kept; what lies beyond is added up in global memory

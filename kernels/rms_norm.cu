@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(BLOCK<THREADS>, THREADS == 32 ? 3 : 2)
 backward(const T* dy, const T* x, const W* weight, const float* r, int rows, int D, T* dx, float* partial) {
     constexpr int ROWS = BLOCK<THREADS> / THREADS, KEEP = KEPT<N, THREADS>;
     SHARED(float, sums, 2 * THREADS / 32);
-    DYNAMIC_SHARED(memory);
+    DYNAMIC_SHARED(memory, 128);
     float* block_dweight = partial + static_cast<long long>(blockIdx.x) * D;
     const Row<W, N, THREADS> weights(weight, D);
     float dweight[KEEP][N];  // of the packs that are kept; what lies beyond is added up in global memory

@@ -42,7 +42,8 @@ from minillm.kernels.device import check_device, gpu_name, synchronize, to_devic
 from minillm.kernels.kernel import KERNELS
 from scripts.torch_kernels import counterparts, tensor
 
-ON_GPU = ("cuda", "cuda_atomics", "numba_cuda")  # the second only where a kernel has it
+ON_GPU = ("cuda", "cuda_atomics", "cuda_wgmma", "numba_cuda")
+SOME = ("cuda_atomics", "cuda_wgmma")  # that are not missing where a kernel has them not
 VERSIONS = ["reference", "numba", *ON_GPU]
 DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 # ||result - exact|| / ||exact||: a few roundings of a result, whose inputs are the same numbers
@@ -85,6 +86,14 @@ def shapes(args):
 def results_of(kernel, version, args, kwargs):
     results = kernel.version(version)(*args, **kwargs)
     return results if isinstance(results, tuple) else (results,)
+
+
+def versions_here(kernel, device):
+    """The names of a kernel's fast versions that this machine can run."""
+    here = ("numba",) if device == "cpu" else ON_GPU
+    if device == "cuda" and cuda.backend.architecture() != cuda.HOPPER:
+        here = [name for name in here if name != "cuda_wgmma"]
+    return [name for name in here if name in kernel.versions]
 
 
 # ------------------------------------------------------------------ checking
@@ -212,7 +221,7 @@ def measure(kernel, size, dtype, device, rounds, bad):
     are in `bad`, or come to be."""
     if device == "cpu":
         args, kwargs = example(kernel, 0, size, dtype, device)
-        names = ["reference", *(n for n in ("numba",) if n in kernel.versions and n not in bad)]
+        names = ["reference", *(n for n in versions_here(kernel, device) if n not in bad)]
         return args, best_on_host({n: (kernel.version(n), args, kwargs) for n in names}, rounds), 0, 0
     args, kwargs = example(kernel, 0, size, dtype, device)
     results = results_of(kernel, "reference", fresh(args), kwargs)
@@ -225,7 +234,7 @@ def measure(kernel, size, dtype, device, rounds, bad):
         theirs = counterparts(kernel.name, args, kwargs)
         tensors = [[tensor(x) for x in one] for one in sets] if theirs else []
     sets = [[x.astype(np.int32) if is_array(x) and x.dtype.kind == "i" else x for x in one] for one in sets]
-    versions = {n: kernel.versions[n] for n in ON_GPU if n in kernel.versions and n not in bad}
+    versions = {n: kernel.versions[n] for n in versions_here(kernel, device) if n not in bad}
     calls = {n: (function, sets, kwargs) for n, function in versions.items()}
     calls["reference"] = (kernel.version("reference"), sets, kwargs)
     calls |= {n: (function, tensors, {}) for n, function in theirs.items()}
@@ -249,7 +258,7 @@ def cpu_row(kernel, args, times):
 def gpu_rows(kernel, args, times, size, operations, bandwidth, rate):
     """A line for each version: time, rate, share of the ceiling, and how it compares with this project's."""
     ours = times.get("cuda")
-    own = [n for n in ON_GPU if n != "cuda_atomics" or n in kernel.versions]
+    own = [n for n in ON_GPU if n not in SOME or n in kernel.versions]
     for name in [*own, *(n for n in times if n not in VERSIONS), "reference"]:
         if name not in times:
             yield f"{kernel.name:<32}{name:<22}{'missing':>10}"
@@ -294,9 +303,8 @@ def checked(kernel, dtype, device, timed):
     sizes = [("ragged", seed) for seed in range(12)] + [(size, 0) for size in timed]
     if kernel.name != "attention_backward":  # there sum_j ds_j k_j cancels: ds of few digits times keys far from 0
         sizes += [("extreme", seed) for seed in range(4)]
-    versions = ["numba"] if device == "cpu" else ON_GPU
     errors, bad = {}, {}
-    for version in (v for v in versions if v in kernel.versions):
+    for version in versions_here(kernel, device):
         with told(kernel, version, bad):
             errors[version], wrong = check(kernel, version, dtype, device, sizes)
             if wrong:

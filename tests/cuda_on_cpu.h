@@ -6,6 +6,9 @@
 //   * A barrier or a warp's instruction that only some of the threads reach is an error, with the lines where they wait.
 //   * cp.async makes its destination NaN at once, and the bytes arrive where the thread waits for their group.
 //   * mma, ldmatrix and shuffles are done by the scheduler, when all 32 lanes have come, from the operands of all.
+//   * wgmma makes its sums NaN at once, and they arrive where the warp waits for their group, made from what shared
+//     memory holds then. An operand that a copy brought and no fence showed is an error, as are sums without a fence,
+//     sums that nobody waits for, and warps of four that ask for different products.
 #pragma once
 #include <setjmp.h>
 #include <signal.h>
@@ -18,6 +21,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -44,6 +48,8 @@ inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+inline unsigned long long wgmma_descriptor(unsigned operand);  // of common.cuh
 
 struct __nv_bfloat16 { uint16_t bits; };
 struct __half { uint16_t bits; };
@@ -122,6 +128,14 @@ enum State { RUNNABLE, IN_WARP, IN_BLOCK, DONE };
 
 struct Copy { unsigned char* to; const void* from; bool valid; int group; };
 
+struct Wgmma {  // asked for by a warp, as one of its lanes holds it
+    float* c;
+    int columns, group, line;
+    bool add, sums;
+    unsigned a[4], b;  // a[0] is an operand in shared memory where these are no sums
+    float (*number)(uint16_t);
+};
+
 struct Fiber {
     jmp_buf context;
     char* stack = nullptr;
@@ -132,6 +146,12 @@ struct Fiber {
     void* result;
     std::vector<Copy> copies;  // asked for, and not there yet
     int group;                 // of the copies asked for now
+    std::vector<size_t> unseen;                     // chunks that its copies brought, and no fence has shown to wgmma
+    std::vector<Wgmma> products;                    // asked for, and not done yet
+    std::map<float*, std::vector<float>> in_flight; // the sums that these add to
+    int product_group;
+    bool fenced;
+    size_t asked;  // how many products so far
 };
 
 constexpr size_t STACK = 256 << 10, PAGE = 4096;
@@ -146,6 +166,9 @@ inline void* body_argument;
 inline char complaint[512];
 inline unsigned char* dynamic;  // the block's dynamic shared memory
 inline size_t dynamic_size;
+
+inline std::vector<bool> unseen;  // for each chunk of it, whether wgmma can not see yet what a copy brought
+inline std::vector<Wgmma> asked_by[LARGEST_BLOCK / 128];  // the products of four warps, in their order
 
 struct Region { void* p; size_t size; };
 inline std::vector<Region> regions;  // the static shared arrays met so far
@@ -193,8 +216,15 @@ inline void run_block(unsigned threads, const unsigned* order) {
     for (unsigned t = 0; t < threads; ++t) {
         fibers[t].state = RUNNABLE;
         fibers[t].copies.clear();
-        fibers[t].group = 0;
+        fibers[t].unseen.clear();
+        fibers[t].products.clear();
+        fibers[t].in_flight.clear();
+        fibers[t].group = fibers[t].product_group = 0;
+        fibers[t].fenced = false;
+        fibers[t].asked = 0;
     }
+    unseen.assign(dynamic_size / 16, false);
+    for (auto& products : asked_by) products.clear();
     std::vector<bool> fresh(threads, true);
     for (;;) {
         bool ran = false, all_done = true;
@@ -208,7 +238,14 @@ inline void run_block(unsigned threads, const unsigned* order) {
             }
             all_done &= fibers[t].state == DONE;
         }
-        if (all_done) return;
+        if (all_done) {
+            for (unsigned t = 0; t < threads; ++t) {
+                current = &fibers[t];
+                if (!fibers[t].products.empty()) fail("a wgmma that is never waited for", fibers[t].products[0].line);
+                if (fibers[t].asked != asked_by[t / 128].size()) fail("a wgmma that not all four warps ask for", 0);
+            }
+            return;
+        }
         for (unsigned w = 0; w < threads; w += 32) {  // warps whose lanes have all come to one instruction
             unsigned waiting = 0;
             for (unsigned t = w; t < w + 32; ++t) waiting += fibers[t].state == IN_WARP;
@@ -349,11 +386,15 @@ inline void arrive(Fiber& fiber, int newest_group) {
     for (auto& copy : fiber.copies) {
         if (copy.group > newest_group) {
             *still++ = copy;
-        } else if (copy.valid) {
+            continue;
+        }
+        if (copy.valid) {
             std::memcpy(copy.to, copy.from, 16);
         } else {
             std::memset(copy.to, 0, 16);
         }
+        fiber.unseen.push_back((copy.to - dynamic) / 16);
+        unseen[fiber.unseen.back()] = true;
     }
     fiber.copies.erase(still, fiber.copies.end());
 }
@@ -403,6 +444,78 @@ template <typename T> void mma(Fiber* lanes) {
         }
 }
 
+// The number at (row, column) of an operand of wgmma, 128-byte swizzled. K-major (rows): 8 rows every `stride` bytes,
+// 32 bytes to each. N-major (sums): 64 columns every `leading` bytes, 8 rows every `stride` (PTX ISA, canonical layouts).
+inline uint16_t number_of(unsigned operand, bool sums, int row, int column, int line) {
+    unsigned long long bits = wgmma_descriptor(operand);
+    unsigned start = bits << 4 & 0x3fff0, leading = bits >> 12 & 0x3fff0, stride = bits >> 28 & 0x3fff0;
+    if (bits >> 62 != 1 || bits >> 49 & 7) fail("an operand of wgmma that is not 128-byte swizzled", line);
+    if (start & 0x380) fail("an operand of wgmma that does not begin with the first of 8 rows", line);
+    unsigned at = start + row / 8 * stride + row % 8 * 128 + column % 64 * 2 + (sums ? column / 64 * leading : 0);
+    at ^= (at >> 7 & 7) << 4;
+    if (at + 2 > dynamic_size) fail("an operand of wgmma beyond the block's shared memory", line);
+    if (unseen[at / 16]) fail("an operand of wgmma that no fence_proxy_async has shown to it", line);
+    uint16_t number;
+    std::memcpy(&number, dynamic + at, 2);
+    return number;
+}
+
+// A warp asks: its lanes for the same, after a fence, and the four warps for the same in the same order.
+inline void ask(Fiber* lanes) {
+    auto& of_four = asked_by[(lanes - fibers) / 128];
+    for (int l = 0; l < 32; ++l) {
+        auto& one = *static_cast<const Wgmma*>(lanes[l].operand);
+        current = &lanes[l];
+        if (!lanes[l].fenced) fail("wgmma without a wgmma_fence before it", one.line);
+        if (lanes[l].asked == of_four.size()) of_four.push_back(one);
+        auto& other = of_four[lanes[l].asked++];
+        if (one.line != other.line || one.b != other.b || one.add != other.add || (!one.sums && one.a[0] != other.a[0]))
+            fail("lanes or warps that ask for different wgmma", one.line, other.line);
+        lanes[l].products.push_back(one);
+        lanes[l].products.back().group = lanes[l].product_group;
+        if (!lanes[l].in_flight.count(one.c)) lanes[l].in_flight[one.c].assign(one.c, one.c + one.columns / 2);
+        std::fill(one.c, one.c + one.columns / 2, __int_as_float(-1));
+    }
+}
+
+// The products of a warp whose groups are waited for.
+inline void finish(Fiber* lanes) {
+    int newest_group = *static_cast<const int*>(lanes[0].operand), warp = int(lanes - fibers) / 32 % 4;
+    while (!lanes[0].products.empty() && lanes[0].products[0].group <= newest_group) {
+        auto& one = lanes[0].products[0];
+        float a[16][16], b[256][16];
+        for (int i = 0; i < 16; ++i)
+            for (int k = 0; k < 16; ++k) {
+                auto& of_lane = lanes[i % 8 * 4 + k % 8 / 2].products[0];
+                unsigned two = of_lane.a[i / 8 + k / 8 * 2];
+                a[i][k] = one.number(one.sums ? uint16_t(two >> k % 2 * 16)
+                                              : number_of(one.a[0], false, warp * 16 + i, k, one.line));
+            }
+        for (int j = 0; j < one.columns; ++j)
+            for (int k = 0; k < 16; ++k)
+                b[j][k] = one.number(number_of(one.b, one.sums, one.sums ? k : j, one.sums ? j : k, one.line));
+        for (int l = 0; l < 32; ++l) {
+            float* c = lanes[l].in_flight[lanes[l].products[0].c].data();
+            for (int n = 0; n < one.columns / 2; ++n) {
+                int i = l / 4 + n % 4 / 2 * 8, j = n / 4 * 8 + l % 4 * 2 + n % 2;
+                double total = one.add ? c[n] : 0;
+                for (int k = 0; k < 16; ++k) total += double(a[i][k]) * b[j][k];
+                c[n] = float(total);
+            }
+        }
+        for (int l = 0; l < 32; ++l) lanes[l].products.erase(lanes[l].products.begin());
+    }
+    for (int l = 0; l < 32; ++l) {
+        lanes[l].fenced = false;
+        for (auto sums = lanes[l].in_flight.begin(); sums != lanes[l].in_flight.end();) {
+            bool more = false;
+            for (auto& one : lanes[l].products) more |= one.c == sums->first;
+            if (!more) std::copy(sums->second.begin(), sums->second.end(), sums->first);
+            sums = more ? std::next(sums) : lanes[l].in_flight.erase(sums);
+        }
+    }
+}
+
 // ------------------------------------------------------------------ calling a kernel
 
 template <typename T> const char* name_of() {
@@ -438,7 +551,7 @@ template <typename... A> void call(void (*kernel)(A...), void** arguments) {
 #define SHARED(type, name, size)        \
     alignas(128) static type name[size]; \
     on_cpu::shared_array(name, sizeof name)
-#define DYNAMIC_SHARED(name) unsigned char* name = on_cpu::dynamic
+#define DYNAMIC_SHARED(name, alignment) unsigned char* name = on_cpu::dynamic
 
 inline void __syncthreads(int line = __builtin_LINE()) { on_cpu::wait(on_cpu::IN_BLOCK, line); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
@@ -501,3 +614,24 @@ inline void cp_async_16(unsigned shared, const void* global, bool valid) {
 }
 inline void cp_async_commit() { ++on_cpu::current->group; }
 template <int N> void cp_async_wait() { on_cpu::arrive(*on_cpu::current, on_cpu::current->group - 1 - N); }
+
+inline void fence_proxy_async() {
+    for (size_t chunk : on_cpu::current->unseen) on_cpu::unseen[chunk] = false;
+    on_cpu::current->unseen.clear();
+}
+inline void wgmma_fence() { on_cpu::current->fenced = true; }
+inline void wgmma_commit() { ++on_cpu::current->product_group; }
+template <int N> void wgmma_wait(int line = __builtin_LINE()) {
+    on_cpu::together<int, int>(on_cpu::finish, on_cpu::current->product_group - 1 - N, line);
+}
+template <typename T, int N> void wgmma_rows(float (&c)[N][4], unsigned a, unsigned b, bool add,
+                                             int line = __builtin_LINE()) {
+    auto number = [](uint16_t bits) { return on_cpu::number(bits, T{}); };
+    on_cpu::together<on_cpu::Wgmma, int>(on_cpu::ask, {c[0], 8 * N, 0, line, add, false, {a}, b, number}, line);
+}
+template <typename T, int N> void wgmma_sums(float (&c)[N][4], const unsigned (&a)[4], unsigned b,
+                                             int line = __builtin_LINE()) {
+    auto number = [](uint16_t bits) { return on_cpu::number(bits, T{}); };
+    on_cpu::Wgmma one = {c[0], 8 * N, 0, line, true, true, {a[0], a[1], a[2], a[3]}, b, number};
+    on_cpu::together<on_cpu::Wgmma, int>(on_cpu::ask, one, line);
+}

@@ -43,6 +43,9 @@ class Cpu:
     def shared_limit(self):
         return self._shared_limit
 
+    def architecture(self):
+        return cuda.HOPPER
+
     def texts(self, source):
         """The source and common.cuh, with their faults."""
         return self._text(source.path), self._text(cuda.FOLDER / "common.cuh")

@@ -1,6 +1,8 @@
 """Attention in CUDA C++ on a CPU that plays the GPU: the tiles that a GPU gets, against the definition in float64 at
 lengths around their borders; and faults planted in the kernels, which the same checks catch."""
 
+import functools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -50,11 +52,12 @@ def draw(rng, ctype, D, Tq, Tk, H, Hk, mask, B=2):
     return (q, k, v, start.astype(np.int32), 1 / np.sqrt(D)), do
 
 
-def run(ctype, arguments, do, backend=None, backward=True, deterministic=True):
-    """[o, lse, dq, dk, dv] of the CUDA version"""
-    back = attention.backward.version("cuda" if deterministic else "cuda_atomics")
+def run(ctype, arguments, do, backend=None, backward=True, version="cuda"):
+    """[o, lse, dq, dk, dv] of a CUDA version"""
+    forth = attention.forward.version("cuda" if version == "cuda_atomics" else version)
+    back = attention.backward.version(version)
     with on_cpu(backend or Cpu()):
-        o, lse = attention.cuda_forward(*arguments)
+        o, lse = forth(*arguments)
         gradients = back(do, *arguments[:3], o, lse, *arguments[3:]) if backward else ()
     assert o.dtype == TYPES[ctype] and lse.dtype == np.float32
     assert [g.dtype for g in gradients] == [o.dtype] * len(gradients)
@@ -109,9 +112,9 @@ def check_all(ctype, D, lengths, backends, **options):
         assert all(equal_bits(first, other) for other in others), "the order of the threads shows in the result"
 
 
-def instances(ctype, D):
+def instances(ctype, D, tiles=attention.TILES):
     """What a head of this size launches, one pass aside."""
-    tiles = attention.FLOAT_TILES if ctype == "float" else attention.TILES
+    tiles = attention.FLOAT_TILES if ctype == "float" else tiles
     Dp = min(size for size in tiles["forward"] if size >= D)
     kernels = [
         attention._instance(kernel, ctype, Dp, sizes[Dp]) for kernel, sizes in tiles.items() if kernel != "one_pass"
@@ -137,6 +140,36 @@ def test_it_is_the_definition_and_the_order_of_threads_does_not_matter(ctype, si
         check_all(ctype, D, LENGTHS[5:6], [Cpu()])
 
 
+@pytest.mark.parametrize(("ctype", "sizes"), [("bf16", (40, 64)), ("fp16", (104, 128))])
+def test_four_warps_at_once_are_the_definition_too(ctype, sizes):
+    """With Hopper's instruction; heads of up to 64 and of up to 128 numbers, which lie in one panel and in two."""
+    prepare(attention.SOURCE, instances(ctype, sizes[0], attention.WGMMA_TILES))
+    backend = Cpu()
+    check_all(ctype, sizes[0], LENGTHS, [backend, Cpu("reversed")], version="cuda_wgmma")
+    check_all(ctype, sizes[1], LENGTHS[5:6], [Cpu()], version="cuda_wgmma")
+    launched = {instance.split("<")[0] for _, instance in backend.launched if "WGMMA" in instance}
+    assert launched == {"forward", "backward_queries", "backward_keys"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ctype", "D"), [("bf16", 8), ("bf16", 72), ("bf16", 128), ("fp16", 24), ("fp16", 64)])
+def test_four_warps_at_once_and_more_sizes(ctype, D):
+    check_all(ctype, D, LENGTHS, [Cpu(order) for order in ("forward", "reversed", 1)], version="cuda_wgmma")
+
+
+def test_four_warps_at_once_are_for_hopper_and_for_sixteen_bits():
+    class Other(Cpu):
+        architecture = lambda self: "sm_100"
+
+    arguments, do = draw(np.random.default_rng(0), "bf16", 64, *LENGTHS[2])
+    told = "^attention.cu, forward<.*WGMMA> needs a GPU of sm_90a .* this one is sm_100$"
+    with pytest.raises(RuntimeError, match=told):
+        run("bf16", arguments, do, Other(), version="cuda_wgmma")
+    assert equal_bits(run("bf16", arguments, do), run("bf16", arguments, do, Other()))
+    arguments, do = draw(np.random.default_rng(0), "float", 33, *LENGTHS[2])
+    assert equal_bits(run("float", arguments, do), run("float", arguments, do, Other(), version="cuda_wgmma"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("ctype", "D"), [("float", 64), ("bf16", 64), ("fp16", 128)])
 def test_other_orders_of_threads(ctype, D):
@@ -153,7 +186,7 @@ def test_one_pass_gives_the_same_dk_and_dv_and_dq_but_for_rounding(ctype, sizes)
         for case in LENGTHS[1:6]:
             arguments, do = draw(rng, ctype, D, *case)
             backend = Cpu()
-            one = run(ctype, arguments, do, backend, deterministic=False)
+            one = run(ctype, arguments, do, backend, version="cuda_atomics")
             assert not any("queries" in instance for _, instance in backend.launched)
             check(ctype, one, arguments, do)
             assert equal_bits(one[3:], run(ctype, arguments, do)[3:])
@@ -162,12 +195,12 @@ def test_one_pass_gives_the_same_dk_and_dv_and_dq_but_for_rounding(ctype, sizes)
 def test_one_pass_needs_the_room():
     arguments, do = draw(np.random.default_rng(0), "fp16", 104, *LENGTHS[2])
     small = Cpu(shared_limit=98 << 10)  # as GPUs of consumers have it
-    assert equal_bits(run("fp16", arguments, do), run("fp16", arguments, do, small, deterministic=False))
+    assert equal_bits(run("fp16", arguments, do), run("fp16", arguments, do, small, version="cuda_atomics"))
 
 
 def test_float_has_one_way_only():
     arguments, do = draw(np.random.default_rng(0), "float", 33, *LENGTHS[2])
-    assert equal_bits(run("float", arguments, do), run("float", arguments, do, deterministic=False))
+    assert equal_bits(run("float", arguments, do), run("float", arguments, do, version="cuda_atomics"))
 
 
 @pytest.mark.parametrize("ctype", ["bf16", "fp16"])
@@ -176,7 +209,7 @@ def test_heads_of_odd_sizes_are_worked_on_in_float32(ctype):
     for D in (1, 5, 36):
         arguments, do = draw(rng, ctype, D, *LENGTHS[2])
         backend = Cpu()
-        results = run(ctype, arguments, do, backend, deterministic=False)
+        results = run(ctype, arguments, do, backend, version="cuda_atomics")
         assert all("float" in instance or instance == "ends" for _, instance in backend.launched)
         check(ctype, results, arguments, do)
 
@@ -205,39 +238,53 @@ def fused(rng, ctype, D, Tq, Tk, H, Hk, shift=0):
     return heads[:, Tk - Tq :, :H], heads[:, :, H : H + Hk], heads[:, :, H + Hk :]
 
 
-@pytest.mark.parametrize(("ctype", "D"), [("bf16", 64), ("float", 33), ("fp16", 104)])
-def test_a_fused_projection_is_read_in_place(ctype, D):
+every_tile = pytest.mark.parametrize(
+    ("ctype", "D", "version"),
+    [
+        ("bf16", 64, "cuda"),
+        ("float", 33, "cuda"),
+        ("fp16", 104, "cuda"),
+        ("bf16", 64, "cuda_wgmma"),
+        ("fp16", 104, "cuda_wgmma"),
+    ],
+)
+
+
+@every_tile
+def test_a_fused_projection_is_read_in_place(ctype, D, version):
+    made = functools.partial(run, version=version)
     rng = np.random.default_rng(3)
     q, k, v = fused(rng, ctype, D, 40, 50, 4, 2)
     _, do = draw(rng, ctype, D, 40, 50, 4, 2, "causal")
     do = do.transpose(0, 2, 1, 3).copy().transpose(0, 2, 1, 3)  # as it may come back
     assert all(attention._view(x, x.dtype)[0] is x for x in (q, k, v, do))
     rest = (np.sort(rng.integers(0, 50, (2, 40)), 1), 0.2)  # int64, as start may be
-    results = run(ctype, (q, k, v, *rest), do)
+    results = made(ctype, (q, k, v, *rest), do)
     check(ctype, results, (q, k, v, *rest), do)
-    assert equal_bits(results, run(ctype, tuple(map(np.ascontiguousarray, (q, k, v))) + rest, do.copy()))
+    assert equal_bits(results, made(ctype, tuple(map(np.ascontiguousarray, (q, k, v))) + rest, do.copy()))
     # where rows do not begin at multiples of 16 bytes or do not lie in one piece, they are copied
     shifted = fused(rng, ctype, D, 40, 50, 4, 2, shift=1)
-    results = run(ctype, (*shifted, *rest), do)
-    assert equal_bits(results, run(ctype, tuple(map(np.ascontiguousarray, shifted)) + rest, do))
+    results = made(ctype, (*shifted, *rest), do)
+    assert equal_bits(results, made(ctype, tuple(map(np.ascontiguousarray, shifted)) + rest, do))
     backwards = [np.ascontiguousarray(x[..., ::-1])[..., ::-1] for x in shifted]
-    assert equal_bits(results, run(ctype, (*backwards, *rest), do))
+    assert equal_bits(results, made(ctype, (*backwards, *rest), do))
 
 
-@pytest.mark.parametrize(("ctype", "D"), [("bf16", 64), ("float", 33), ("fp16", 104)])
-def test_what_is_not_seen_changes_no_bit(ctype, D):
+@every_tile
+def test_what_is_not_seen_changes_no_bit(ctype, D, version):
+    made = functools.partial(run, version=version)
     rng = np.random.default_rng(4)
     (q, k, v, start, scale), do = draw(rng, ctype, D, 150, 150, 2, 1, "padding")
-    before = run(ctype, (q, k, v, start, scale), do)
+    before = made(ctype, (q, k, v, start, scale), do)
     pad, later = start[1, 0], 140
     junk = [x.copy() for x in (q, k, v)]
     for x in junk:
         x[1, :pad] = 1e4 * rng.standard_normal(x[1, :pad].shape)
-    assert equal_bits(before, run(ctype, (*junk, start, scale), do))
+    assert equal_bits(before, made(ctype, (*junk, start, scale), do))
     for x in junk:
         x[1, later:] = 30 * rng.standard_normal(x[1, later:].shape)  # scores whose maximum has to be followed
     do[1, later:] = 0
-    after = run(ctype, (*junk, start, scale), do)
+    after = made(ctype, (*junk, start, scale), do)
     assert equal_bits([before[0][:, :later], before[2][:, :later]], [after[0][:, :later], after[2][:, :later]])
     assert not after[3][1, later:].any() and not after[4][1, later:].any()
 
@@ -257,8 +304,8 @@ def test_extreme_scores(ctype):
     assert np.allclose(run(ctype, arguments, do)[0][0, :, 0, 0].astype(float), np.arange(T) / 2, rtol=4e-3)
 
 
-@pytest.mark.parametrize(("ctype", "D"), [("bf16", 64), ("float", 33), ("fp16", 104)])
-def test_scores_that_rise_from_tile_to_tile(ctype, D):
+@every_tile
+def test_scores_that_rise_from_tile_to_tile(ctype, D, version):
     """By less and by more than the maximum may be left behind, in some rows of a warp and not in others."""
     (q, k, v, start, scale), do = draw(np.random.default_rng(9), ctype, D, 150, 150, 1, 1, "causal")
     for step in (0.03, 0.3):
@@ -266,7 +313,7 @@ def test_scores_that_rise_from_tile_to_tile(ctype, D):
         q[..., :1] = 1 / scale
         q[:, 5::3, :, 0] *= 0.1
         arguments = (q, k, v, start, scale)
-        check(ctype, run(ctype, arguments, do, backward=False), arguments, do)
+        check(ctype, run(ctype, arguments, do, backward=False, version=version), arguments, do)
 
 
 def test_a_nan_comes_out_where_it_went_in_and_only_there():
@@ -301,7 +348,8 @@ def test_what_the_tiles_can_not_do_the_reference_does():
 BANKS = """
 // The addresses of a tile's chunks, one row after the other.
 template <int Dp> __device__ void addresses_of(int* out) {
-    for (int c = 0; c < Dp / 8; ++c) out[threadIdx.x * (Dp / 8) + c] = Tiles<bf16, Dp, 32, 32, 1>::at(threadIdx.x, c);
+    for (int c = 0; c < Dp / 8; ++c)
+        out[threadIdx.x * (Dp / 8) + c] = Tiles<bf16, Dp, 32, 32, 1, REREAD>::at(threadIdx.x, c);
 }
 __global__ void addresses(int* of_32, int* of_64, int* of_96, int* of_128) {
     addresses_of<32>(of_32), addresses_of<64>(of_64), addresses_of<96>(of_96), addresses_of<128>(of_128);
@@ -337,18 +385,36 @@ class Faulty(Cpu):
         super().launch(source, instance, *rest)
 
 
-FORWARD_END = """cp_async_wait<0>();  // the next tile is here,
-        __syncthreads();     // and this one has been read by all"""
-QUERIES_END = """cp_async_wait<0>();
+ARRIVE = """cp_async_wait<0>();
         __syncthreads();
+    }
+
+    // 16 M rows"""
+FORWARD_END = """E::arrive();
     }
 
 #pragma unroll
     for (int r = 0; r < E::R; ++r) {
-        const int i"""
-KEYS_END = """cp_async_wait<0>();
-        __syncthreads();
+        const int i = i0 + E::row(r);
+        const float l"""
+QUERIES_END = """E::arrive();
+    }
+
+#pragma unroll
+    for (int r = 0; r < E::R; ++r) {
+        const int i = i0 + E::row(r);
+        if (i < Tq) E::store(dq"""
+KEYS_END = """E::arrive();
         h = next_h"""
+# of the tiles for four warps
+PRODUCTS = """wgmma_commit();
+        wgmma_wait<0>();
+    }
+
+    static __device__ __forceinline__ void accumulate"""
+ADDED = """wgmma_fence();
+#pragma unroll
+        for (int k"""
 GROUP = """*scratch = vs + 2 * BK * E::ROW;
     const int b = blockIdx.x / H, h = blockIdx.x % H, hk = h / (H / Hk)"""
 NEXT = """fetch(j0 + BK, stage ^ 1);
@@ -360,12 +426,12 @@ def without(text, part):
     return text, text.replace(part, "")
 
 
-# (kernel, type, (old, new)); "one_pass" is backward_keys with that option
+# (kernel, type, (old, new)); "one_pass" is backward_keys with that option, "wgmma" the forward of four warps at once
 FAULTS = {
     "a key more is seen": ("forward", "bf16", ("j >= columns.end", "j > columns.end")),
     "acc is not rescaled": ("forward", "bf16", ("acc(r, c) *= correction", "acc(r, c) *= 1")),
-    "no wait for the next tile": ("forward", "bf16", without(FORWARD_END, "cp_async_wait<0>();")),
-    "no barrier behind a tile": ("forward", "bf16", without(FORWARD_END, "__syncthreads();")),
+    "no wait for a tile": ("forward", "bf16", without(ARRIVE, "cp_async_wait<0>();")),
+    "no barrier behind a tile": ("forward", "bf16", without(ARRIVE, "__syncthreads();")),
     "the head of another group": ("forward", "bf16", (GROUP, GROUP.replace("h / (H / Hk)", "h % Hk"))),
     "another swizzle where it is read": ("forward", "bf16", ("address ^ chunks", "address + chunks")),
     "no zeros behind the last row": ("forward", "bf16", ("first + row + i < total && chunk", "chunk")),
@@ -374,8 +440,19 @@ FAULTS = {
         "bf16",
         ("    __syncthreads();\n    const int queries", "    const int queries"),
     ),
+    "a tile is not shown to wgmma": ("wgmma", "fp16", without("fence_proxy_async();", "fence_proxy_async();")),
+    "no wait for products": ("wgmma", "fp16", without(PRODUCTS, "wgmma_wait<0>();")),
+    "p is multiplied before it is there": ("wgmma", "fp16", without(ADDED, "wgmma_fence();")),
+    "another swizzle than Hopper's": ("wgmma", "fp16", ("(chunk % 8 ^ row % 8)", "chunk % 8")),
 }
 MORE_FAULTS = {
+    "a warp of four leaves a tile out": ("wgmma", "fp16", ("int TEAM = 4,", "int TEAM = 1,")),
+    "products that are not committed": ("wgmma", "fp16", without(PRODUCTS, "wgmma_commit();")),
+    "the panels of another tile": ("wgmma", "fp16", ("rows + columns<COLUMNS>(d)", "rows + columns<ROWS>(d)")),
+    "the rows of another team": ("wgmma", "fp16", ("warp() / TEAM * TEAM * 16 *", "warp() / TEAM * TEAM * 0 *")),
+    "the first columns again": ("wgmma", "fp16", ("d % 4 * 32) / 16", "0) / 16")),
+    "the same keys again": ("wgmma", "fp16", ("rows + k * 16 * PANEL_ROW / 16", "rows")),
+    "sums of the tile before": ("wgmma", "fp16", ("columns<COLUMNS>(d), d > 0)", "columns<COLUMNS>(d), true)")),
     "a key less is seen": ("forward", "bf16", ("i + shift + 1}", "i + shift}")),
     "start is not read": ("forward", "bf16", ("j < columns.first || ", "")),
     "whole where one row sees it so": ("forward", "bf16", ("{bottom.first, top.end}", "{top.first, top.end}")),
@@ -386,7 +463,7 @@ MORE_FAULTS = {
     "each lane has its own total": ("forward", "bf16", ("warp_sum<E::WIDTH>(total[r])", "total[r]")),
     "the next tile into this one's place": ("forward", "bf16", (NEXT, NEXT.replace("stage ^ 1", "stage"))),
     "no zeros behind the head": ("forward", "bf16", ("total && chunk * 8 < D", "total")),
-    "registers of p change places": ("forward", "bf16", ("4 * k + e / 2 * 2), p", "4 * k + e % 2 * 2), p")),
+    "registers of p change places": ("forward", "bf16", ("c = 4 * k + e / 2 * 2", "c = 4 * k + e % 2 * 2")),
     "p is read before it is there": ("forward", "float", ("= p(r, c);\n        __syncwarp();", "= p(r, c);")),
     "p is overwritten before it is read": ("backward_keys", "float", ("__syncwarp();  // what", "// what")),
     "no zeros behind the row": (
@@ -399,11 +476,10 @@ MORE_FAULTS = {
     "a part of delta": ("rows_of_backward", "bf16", ("warp_sum<8>(total)", "warp_sum<4>(total)")),
     "delta is left out": ("backward_queries", "bf16", (" - delta_i[r])", ")")),
     "dq without the scale": ("backward_queries", "bf16", ("dq_sum, r, scale, D", "dq_sum, r, 1, D")),
-    "no wait in the queries' kernel": ("backward_queries", "bf16", without(QUERIES_END, "cp_async_wait<0>();")),
-    "no barrier in the queries' kernel": ("backward_queries", "bf16", without(QUERIES_END, "__syncthreads();")),
-    "no barrier in the keys' kernel": ("backward_keys", "bf16", without(KEYS_END, "__syncthreads();")),
+    "no wait for the next tile": ("forward", "bf16", without(FORWARD_END, "E::arrive();")),
+    "no wait in the queries' kernel": ("backward_queries", "bf16", without(QUERIES_END, "E::arrive();")),
     "one head of the group": ("backward_keys", "bf16", ("++next_h, next_i0 = first", "next_h = Hk * group")),
-    "no wait in the keys' kernel": ("backward_keys", "bf16", without(KEYS_END, "cp_async_wait<0>();")),
+    "no wait in the keys' kernel": ("backward_keys", "bf16", without(KEYS_END, "E::arrive();")),
     "queries before the key": ("backward_keys", "bf16", ("max(j - shift, 0)", "max(j - shift - 1, 0)")),
     "a tile of queries is left out": (
         "backward_keys",
@@ -424,10 +500,12 @@ MORE_FAULTS = {
 @pytest.mark.parametrize("name", [*FAULTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_FAULTS)])
 def test_a_planted_fault_is_caught(name):
     kernel, ctype, fault = (FAULTS | MORE_FAULTS)[name]
-    one_pass = kernel == "one_pass"
-    options = {"deterministic": not one_pass, "backward": kernel != "forward"}
+    version = {"one_pass": "cuda_atomics", "wgmma": "cuda_wgmma"}.get(kernel, "cuda")
+    kernel = {"one_pass": "backward_keys", "wgmma": "forward"}.get(kernel, kernel)
     # atomics add in any order, so that another order of the threads may round in another way
-    backends = [Faulty("backward_keys" if one_pass else kernel, fault, order) for order in ORDERS[: 2 - one_pass]]
+    orders = ORDERS[:1] if version == "cuda_atomics" else ORDERS
+    backends = [Faulty(kernel, fault, order) for order in orders]
+    D = {"float": 33, "bf16": 40, "fp16": 104}[ctype]
     with pytest.raises((AssertionError, RuntimeError)) as caught:
-        check_all(ctype, 33 if ctype == "float" else 40, LENGTHS[5:], backends, **options)
+        check_all(ctype, D, LENGTHS[5:], backends, version=version, backward=kernel != "forward")
     assert "g++" not in str(caught.value)

@@ -21,7 +21,7 @@ __global__ void through(const float* x, bf16* b, fp16* h, float* from_b, float* 
 
 // c (16 x 8) = a (16 x 16) b (16 x 8), where b lies as it is (transposed into registers) or as its columns
 template <typename T, bool TRANSPOSED> __global__ void product(const T* a, const T* b, float* c) {
-    DYNAMIC_SHARED(bytes);
+    DYNAMIC_SHARED(bytes, 128);
     T* a_tile = reinterpret_cast<T*>(bytes);
     T* b_tile = a_tile + 256;
     int l = threadIdx.x;
@@ -47,7 +47,7 @@ template <typename T, bool TRANSPOSED> __global__ void product(const T* a, const
 // y_i = the sum of the block's x, less x_i: every thread reads what the others wrote
 __global__ void all_but_own(const float* x, float* y, int n) {
     SHARED(float, partial, 2);
-    DYNAMIC_SHARED(bytes);
+    DYNAMIC_SHARED(bytes, 128);
     float* row = reinterpret_cast<float*>(bytes);
     int i = threadIdx.x;
     row[i] = i < n ? x[i] : 0.f;
@@ -59,7 +59,7 @@ __global__ void all_but_own(const float* x, float* y, int n) {
 
 // y = x, by way of shared memory, two groups of copies
 __global__ void copied(const float* x, float* y, int n) {
-    DYNAMIC_SHARED(bytes);
+    DYNAMIC_SHARED(bytes, 128);
     float* tile = reinterpret_cast<float*>(bytes);
     int i = 4 * threadIdx.x;
     cp_async_16(shared_address(tile + i), x + i, i < n);
@@ -72,6 +72,45 @@ __global__ void copied(const float* x, float* y, int n) {
     cp_async_wait<0>();
     __syncthreads();
     for (int k = 0; k < 4; ++k) y[128 + i + k] = tile[128 + i + k];
+}
+
+// By four warps: c (64 x 64) = a (64 x 128) b^T, and o (64 x 128) = p v, where p (64 x 64) is c in 16 bits, and b and v
+// are (64 x 128). Of all three the columns 64 to 127 lie in a second panel.
+template <typename T> __global__ void of_four_warps(const T* a, const T* b, const T* v, float* c, float* o) {
+    DYNAMIC_SHARED(bytes, 1024);
+    const u32 tile = shared_address(bytes), t = threadIdx.x, PANEL = 64 * 128, TILE = 2 * PANEL;
+    for (u32 i = t; i < 3 * 64 * 16; i += 128) {
+        u32 n = i / 1024, row = i / 16 % 64, chunk = i % 16;
+        const T* from = (n == 0 ? a : n == 1 ? b : v) + row * 128 + chunk * 8;
+        u32 at = tile + n * TILE + chunk / 8 * PANEL + row * 128;
+        cp_async_16(at + (chunk % 8 ^ row % 8) * 16, from, true);
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+    fence_proxy_async();
+    __syncthreads();
+    float s[8][4], sums[16][4] = {};
+    const u32 of_a = wgmma_operand(tile, PANEL), of_b = wgmma_operand(tile + TILE, PANEL);
+    wgmma_fence();
+    for (int d = 0; d < 8; ++d) {
+        u32 columns = (d / 4 * PANEL + d % 4 * 32) / 16;
+        wgmma_rows<T>(s, of_a + columns, of_b + columns, d > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    const u32 of_v = wgmma_operand(tile + 2 * TILE, PANEL), row = t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
+    u32 p[4][4];
+    for (int n = 0; n < 8; ++n)
+        for (int r = 0; r < 4; ++r) {
+            c[(row + r / 2 * 8) * 64 + n * 8 + column + r % 2] = s[n][r];
+            if (r % 2) p[n / 2][n % 2 * 2 + r / 2] = pack_two<T>(s[n][r - 1], s[n][r]);
+        }
+    wgmma_fence();
+    for (int k = 0; k < 4; ++k) wgmma_sums<T>(sums, p[k], of_v + k * 16 * 128 / 16);
+    wgmma_commit();
+    wgmma_wait<0>();
+    for (int n = 0; n < 16; ++n)
+        for (int r = 0; r < 4; ++r) o[(row + r / 2 * 8) * 128 + n * 8 + column + r % 2] = sums[n][r];
 }
 
 // lanes that exchange: y = x rotated within each warp, and the votes for x > 0
@@ -90,6 +129,7 @@ def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("kernels") / "kernels.cu"
     path.write_text(KERNELS)
     products = [f"product<{t}, {b}>" for t in TYPES for b in ("true", "false")]
+    products += [f"of_four_warps<{t}>" for t in TYPES]
     source = cuda.Source("kernels.cu", dict.fromkeys(["through", *products, "all_but_own", "copied", "lanes"], 64))
     source.path = path
     prepare(source, source.instances)
@@ -127,6 +167,64 @@ def test_a_product_by_ldmatrix_and_mma(source, name, transposed, order):
     stored = b if transposed == "true" else np.ascontiguousarray(b.T)
     launch(source, f"product<{name}, {transposed}>", 1, 32, (a, stored, c), order=order, shared=768)
     assert np.abs(c - a.astype(np.float64) @ b.astype(np.float64)).max() < 2e-6
+
+
+def by_four_warps(source, name, order="forward", edits=()):
+    """The arrays of one launch: a, b, v, and what came out."""
+    a, b, v = np.random.default_rng(2).standard_normal((3, 64, 128)).astype(TYPES[name])
+    arrays = a, b, v, np.empty((64, 64), np.float32), np.empty((64, 128), np.float32)
+    launch(source, f"of_four_warps<{name}>", 1, 128, arrays, order=order, edits=edits, shared=3 * 64 * 256)
+    return arrays
+
+
+@orders
+@pytest.mark.parametrize("name", TYPES)
+def test_products_by_four_warps(source, name, order):
+    a, b, v, c, o = by_four_warps(source, name, order)
+    assert np.abs(c - a.astype(np.float64) @ b.astype(np.float64).T).max() < 2e-5
+    assert np.abs(o - c.astype(TYPES[name]).astype(np.float64) @ v.astype(np.float64)).max() < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("fence_proxy_async();", "", "no fence_proxy_async has shown to it"),
+        ("    wgmma_fence();\n    for (int d", "    for (int d", "wgmma without a wgmma_fence before it"),
+        ("    wgmma_fence();\n    for (int k", "    for (int k", "wgmma without a wgmma_fence before it"),
+        ("    wgmma_wait<0>();\n    for (int n = 0; n < 16", "    for (int n = 0; n < 16", "that is never waited for"),
+        (
+            "    wgmma_commit();\n    wgmma_wait<0>();\n    for",
+            "    wgmma_wait<0>();\n    for",
+            "that is never waited for",
+        ),
+        ("d < 8; ++d", "d < 8 - (t >= 96); ++d", "lanes or warps that ask for different wgmma"),
+        ("k < 4; ++k) wgmma", "k < (t < 96 ? 4 : 3); ++k) wgmma", "that not all four warps ask for"),
+        ("of_v + k", "of_v + t + k", "lanes or warps that ask for different wgmma"),
+        (
+            "wgmma_operand(tile + TILE, PANEL)",
+            "wgmma_operand(tile + TILE + 128, PANEL)",
+            "does not begin with the first",
+        ),
+        ("2 * TILE, PANEL)", "2 * TILE, 2 * PANEL)", "beyond the block's shared memory"),
+    ],
+)
+def test_what_is_wrong_with_four_warps_is_told(source, old, new, message):
+    with pytest.raises(RuntimeError, match=message):
+        by_four_warps(source, "bf16", edits=[(old, new)])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("    wgmma_wait<0>();\n    const", "    const"),
+        ("(chunk % 8 ^ row % 8)", "chunk % 8"),
+        ("wgmma_operand(tile, PANEL)", "wgmma_operand(tile + PANEL, PANEL)"),
+        ("2 * TILE, PANEL)", "2 * TILE, 0)"),
+    ],
+)
+def test_what_is_wrong_with_four_warps_shows_in_a_result(source, old, new):
+    right, wrong = by_four_warps(source, "bf16"), by_four_warps(source, "bf16", edits=[(old, new)])
+    assert not np.array_equal(right[4], wrong[4])
 
 
 @orders

@@ -8,6 +8,7 @@ import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -208,6 +209,32 @@ def test_choosing_a_version(monkeypatch):
     assert kernel.choose(x) == "reference"
     with pytest.raises(KeyError, match="rope has no version 'cudnn'"):
         kernel.version("cudnn")
+
+
+def test_a_version_that_is_asked_for_by_name(monkeypatch):
+    """Where a kernel has it for the device; elsewhere, what it would take anyway."""
+
+    kernel_of = lambda name: next(k for k in KERNELS if k.name == name)
+    gpu = SimpleNamespace(dtype=np.dtype(np.float32))
+    assert kernel_of("attention_backward").choose(gpu) == "cuda"
+    for name, attention, rope, host in (
+        ("cuda_wgmma", "cuda_wgmma", "cuda", "numba"),
+        ("cuda_atomics", "cuda_atomics", "cuda", "numba"),
+        ("numba_cuda", "numba_cuda", "cuda", "numba"),
+        ("numba", "cuda", "cuda", "numba"),
+        ("reference", "reference", "reference", "reference"),
+        ("", "cuda", "cuda", "numba"),
+    ):
+        monkeypatch.setenv("MINILLM_KERNELS", name)
+        assert kernel_of("attention_backward").choose(gpu) == attention
+        assert kernel_of("rope").choose(gpu) == rope
+        assert kernel_of("rope").choose(np.zeros(1)) == host
+        assert kernel_of("rope").choose(SimpleNamespace(dtype=np.dtype(np.float64))) == "reference"  # the oracle
+    monkeypatch.setenv("MINILLM_KERNELS", "cuda_wgma")
+    with pytest.raises(
+        ValueError, match="MINILLM_KERNELS is 'cuda_wgma', and kernels have the versions reference, numba"
+    ):
+        kernel_of("rope").choose(np.zeros(1))
 
 
 def test_a_kernel_without_a_fast_version_runs_its_reference():
