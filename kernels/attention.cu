@@ -271,7 +271,7 @@ struct Tiles<T, Dp, ROWS, COLUMNS, WARPS, WGMMA> : Tiles<T, Dp, ROWS, COLUMNS, W
         for (int d = 0; d < Dp / 16; ++d)
             wgmma_rows<T>(s.v[0], own.rows + columns<ROWS>(d), rows + columns<COLUMNS>(d), d > 0);
         wgmma_commit();
-        wgmma_wait<0>();
+        wgmma_wait<0>(s.v);
     }
 
     static __device__ __forceinline__ void accumulate(Sums& acc, Scores& p, const unsigned char* streamed,
@@ -280,11 +280,11 @@ struct Tiles<T, Dp, ROWS, COLUMNS, WARPS, WGMMA> : Tiles<T, Dp, ROWS, COLUMNS, W
 #pragma unroll
         for (int k = 0; k < COLUMNS / 16; ++k) Warps::pack(a[k], p, 0, k);
         const u32 rows = operand<COLUMNS>(streamed);
-        wgmma_fence();
+        wgmma_fence(acc.v, a);
 #pragma unroll
         for (int k = 0; k < COLUMNS / 16; ++k) wgmma_sums<T>(acc.v[0], a[k], rows + k * 16 * PANEL_ROW / 16);
         wgmma_commit();
-        wgmma_wait<0>();
+        wgmma_wait<0>(acc.v);
     }
 };
 

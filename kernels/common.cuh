@@ -299,11 +299,22 @@ template <int N> __device__ __forceinline__ void cp_async_wait() {
 //     wgmma ...           several, each adding to what the one before left in c
 //     wgmma_commit        these are one group
 //     wgmma_wait<N>       all but the N newest groups are done: c is there, and operands may be overwritten
+// Fence and wait are given the registers they are about: else the compiler may touch these on the other side of them.
+__device__ __forceinline__ void settle(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+__device__ __forceinline__ void settle(u32& x) { asm volatile("" : "+r"(x)::"memory"); }
+template <typename T, int N> __device__ __forceinline__ void settle(T (&x)[N]) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) settle(x[n]);
+}
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+template <typename... Registers> __device__ __forceinline__ void wgmma_fence(Registers&... registers) {
+    (settle(registers), ...);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void wgmma_wait() {
+template <int N, typename... Registers> __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+    (settle(registers), ...);
 }
 
 // wgmma_rows: c (64 x 8 N) = a b^T, or added to c, where both operands are 16 columns (32 bytes) of such rows.

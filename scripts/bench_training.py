@@ -13,6 +13,7 @@ within them. With bfloat16, PyTorch's side runs under autocast; weights, gradien
 """
 
 import json
+import os
 import re
 import statistics
 import sys
@@ -52,6 +53,7 @@ def parse(arguments):
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of activations")
     parser.add_argument("--compile", action="store_true", help="PyTorch's side through torch.compile")
     parser.add_argument("--graph", action="store_true", help="this engine's side as a CUDA graph")
+    parser.add_argument("--kernels", metavar="NAME", help="take this version of the kernels that have it: cuda_wgmma")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     options = parser.parse_args(arguments)
@@ -206,6 +208,8 @@ def bench(o):
     start, mask = np.zeros((o.batch, o.length), np.int32), np.ones((o.batch, o.length), bool)
     shape, turns = (o.batch, o.length + 1), o.rounds + 3
     batches = [Batch(rng.integers(0, o.vocab, shape).astype(np.int32), start, mask) for _ in range(turns * o.steps)]
+    if o.kernels:
+        os.environ["MINILLM_KERNELS"] = o.kernels
     ours, model, memory = minillm_step(config, o)
     sides, memories = {"minillm": ours}, {"minillm": memory}
     try:

@@ -81,8 +81,11 @@ print(f"{sum(len(source.instances) for source in sources)} instances of {len(sou
         tests/test_graph.py -k "gpu_and_the_cpu_agree or runs_on_the_gpu or no_update_waits or on_a_gpu or test_blas"
     kernels 200 bfloat16
     kernels 100 float32 --rounds 3
-    gpt2=(--vocab 50304 --width 768 --layers 12 --heads 12 --length 1024 --precision bfloat16 --compile)
-    bench 150 124M "${gpt2[@]}" --batch 32 --rounds 5
+    gpt2=(--vocab 50304 --width 768 --layers 12 --heads 12 --length 1024 --precision bfloat16)
+    bench 150 124M "${gpt2[@]}" --batch 32 --rounds 5 --compile
+    if [ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)" = 9.0 ]; then
+        bench 60 124M-wgmma "${gpt2[@]}" --batch 32 --rounds 5 --kernels cuda_wgmma
+    fi
     small=(--precision bfloat16 --rounds 10)
     medium=(--vocab 8192 --width 320 --layers 6 --heads 5 --length 256 --precision bfloat16 --rounds 10)
     bench 60 1M "${small[@]}"

@@ -619,10 +619,10 @@ inline void fence_proxy_async() {
     for (size_t chunk : on_cpu::current->unseen) on_cpu::unseen[chunk] = false;
     on_cpu::current->unseen.clear();
 }
-inline void wgmma_fence() { on_cpu::current->fenced = true; }
+template <typename... Registers> void wgmma_fence(Registers&...) { on_cpu::current->fenced = true; }
 inline void wgmma_commit() { ++on_cpu::current->product_group; }
-template <int N> void wgmma_wait(int line = __builtin_LINE()) {
-    on_cpu::together<int, int>(on_cpu::finish, on_cpu::current->product_group - 1 - N, line);
+template <int N, typename... Registers> void wgmma_wait(Registers&...) {
+    on_cpu::together<int, int>(on_cpu::finish, on_cpu::current->product_group - 1 - N, 0);
 }
 template <typename T, int N> void wgmma_rows(float (&c)[N][4], unsigned a, unsigned b, bool add,
                                              int line = __builtin_LINE()) {

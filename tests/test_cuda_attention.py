@@ -408,11 +408,11 @@ KEYS_END = """E::arrive();
         h = next_h"""
 # of the tiles for four warps
 PRODUCTS = """wgmma_commit();
-        wgmma_wait<0>();
+        wgmma_wait<0>(s.v);
     }
 
     static __device__ __forceinline__ void accumulate"""
-ADDED = """wgmma_fence();
+ADDED = """wgmma_fence(acc.v, a);
 #pragma unroll
         for (int k"""
 GROUP = """*scratch = vs + 2 * BK * E::ROW;
@@ -441,8 +441,8 @@ FAULTS = {
         ("    __syncthreads();\n    const int queries", "    const int queries"),
     ),
     "a tile is not shown to wgmma": ("wgmma", "fp16", without("fence_proxy_async();", "fence_proxy_async();")),
-    "no wait for products": ("wgmma", "fp16", without(PRODUCTS, "wgmma_wait<0>();")),
-    "p is multiplied before it is there": ("wgmma", "fp16", without(ADDED, "wgmma_fence();")),
+    "no wait for products": ("wgmma", "fp16", without(PRODUCTS, "wgmma_wait<0>(s.v);")),
+    "p is multiplied before it is there": ("wgmma", "fp16", without(ADDED, "wgmma_fence(acc.v, a);")),
     "another swizzle than Hopper's": ("wgmma", "fp16", ("(chunk % 8 ^ row % 8)", "chunk % 8")),
 }
 MORE_FAULTS = {

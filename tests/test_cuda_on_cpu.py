@@ -97,7 +97,7 @@ template <typename T> __global__ void of_four_warps(const T* a, const T* b, cons
         wgmma_rows<T>(s, of_a + columns, of_b + columns, d > 0);
     }
     wgmma_commit();
-    wgmma_wait<0>();
+    wgmma_wait<0>(s);
     const u32 of_v = wgmma_operand(tile + 2 * TILE, PANEL), row = t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
     u32 p[4][4];
     for (int n = 0; n < 8; ++n)
@@ -105,10 +105,10 @@ template <typename T> __global__ void of_four_warps(const T* a, const T* b, cons
             c[(row + r / 2 * 8) * 64 + n * 8 + column + r % 2] = s[n][r];
             if (r % 2) p[n / 2][n % 2 * 2 + r / 2] = pack_two<T>(s[n][r - 1], s[n][r]);
         }
-    wgmma_fence();
+    wgmma_fence(sums, p);
     for (int k = 0; k < 4; ++k) wgmma_sums<T>(sums, p[k], of_v + k * 16 * 128 / 16);
     wgmma_commit();
-    wgmma_wait<0>();
+    wgmma_wait<0>(sums);
     for (int n = 0; n < 16; ++n)
         for (int r = 0; r < 4; ++r) o[(row + r / 2 * 8) * 128 + n * 8 + column + r % 2] = sums[n][r];
 }
@@ -190,11 +190,15 @@ def test_products_by_four_warps(source, name, order):
     [
         ("fence_proxy_async();", "", "no fence_proxy_async has shown to it"),
         ("    wgmma_fence();\n    for (int d", "    for (int d", "wgmma without a wgmma_fence before it"),
-        ("    wgmma_fence();\n    for (int k", "    for (int k", "wgmma without a wgmma_fence before it"),
-        ("    wgmma_wait<0>();\n    for (int n = 0; n < 16", "    for (int n = 0; n < 16", "that is never waited for"),
+        ("    wgmma_fence(sums, p);\n    for (int k", "    for (int k", "wgmma without a wgmma_fence before it"),
         (
-            "    wgmma_commit();\n    wgmma_wait<0>();\n    for",
-            "    wgmma_wait<0>();\n    for",
+            "    wgmma_wait<0>(sums);\n    for (int n = 0; n < 16",
+            "    for (int n = 0; n < 16",
+            "that is never waited for",
+        ),
+        (
+            "    wgmma_commit();\n    wgmma_wait<0>(sums);\n    for",
+            "    wgmma_wait<0>(sums);\n    for",
             "that is never waited for",
         ),
         ("d < 8; ++d", "d < 8 - (t >= 96); ++d", "lanes or warps that ask for different wgmma"),
@@ -216,7 +220,7 @@ def test_what_is_wrong_with_four_warps_is_told(source, old, new, message):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("    wgmma_wait<0>();\n    const", "    const"),
+        ("    wgmma_wait<0>(s);\n    const", "    const"),
         ("(chunk % 8 ^ row % 8)", "chunk % 8"),
         ("wgmma_operand(tile, PANEL)", "wgmma_operand(tile + PANEL, PANEL)"),
         ("2 * TILE, PANEL)", "2 * TILE, 0)"),

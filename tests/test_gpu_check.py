@@ -26,15 +26,15 @@ esac
 @pytest.fixture
 def check(tmp_path):
     """check(fails=, hangs=, seconds=) -> (exit status, what was printed, the commands that were run)."""
-    for name, text in (("python", PYTHON), ("nvidia-smi", "#!/usr/bin/env bash\necho a GPU\n")):
+    for name, text in (("python", PYTHON), ("nvidia-smi", "#!/usr/bin/env bash\necho ${CAPABILITY:-8.0}\n")):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     calls = tmp_path / "calls"
 
-    def check(fails="nothing", hangs="nothing", seconds=480):
+    def check(fails="nothing", hangs="nothing", seconds=480, capability="8.0"):
         calls.write_text("")
         told = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "CALLS": str(calls)}
-        told |= {"FAILS": fails, "HANGS": hangs, "SECONDS_IN_ALL": str(seconds)}
+        told |= {"FAILS": fails, "HANGS": hangs, "SECONDS_IN_ALL": str(seconds), "CAPABILITY": capability}
         command = ["bash", str(SCRIPT), str(tmp_path / "out")]
         found = subprocess.run(command, env=os.environ | told, capture_output=True, text=True, timeout=60)
         assert found.stderr == ""
@@ -52,6 +52,8 @@ def test_every_part_is_run_and_what_passed_is_not_run_again(check):
     status, printed, calls = check()
     assert status == 0 and printed.endswith("all parts passed\n") and printed.count("passed before") == 10
     assert len(calls) == 1 and "--dtype float32 --check --json" in calls[0]
+    _, printed, calls = check(capability="9.0")  # what Hopper alone has
+    assert len(calls) == 1 and calls[0].endswith("--kernels cuda_wgmma")
 
 
 def test_all_kernels_are_compiled_before_the_first_is_launched(check, monkeypatch, capsys):
