@@ -333,7 +333,7 @@ FLOAT_TILES = {
 }
 # And for the instruction of four warps that Hopper has.
 WGMMA_TILES = {
-    "forward": {64: (128, 64, 8, 2, "WGMMA"), 128: (192, 64, 12, 1, "WGMMA")},
+    "forward": {64: (128, 96, 8, 2, "WGMMA"), 128: (128, 48, 8, 2, "WGMMA")},
     "queries": {64: (64, 64, 4, 3, "WGMMA"), 128: (128, 64, 8, 1, "WGMMA")},
     "keys": {64: (64, 64, 4, 3, "WGMMA"), 128: (128, 64, 8, 1, "WGMMA")},
 }

@@ -323,12 +323,17 @@ template <typename T, int N> __device__ __forceinline__ void wgmma_rows(float (&
 template <typename T, int N> __device__ __forceinline__ void wgmma_sums(float (&c)[N][4], const u32 (&a)[4], u32 b);
 
 #define REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define REGISTERS_24 REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define REGISTERS_32 REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define REGISTERS_40 REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define REGISTERS_48 REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define REGISTERS_64 REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define SUMS_4(c, n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define SUMS_16(c, n) SUMS_4(c, n), SUMS_4(c, n + 1), SUMS_4(c, n + 2), SUMS_4(c, n + 3)
+#define SUMS_24(c, n) SUMS_16(c, n), SUMS_4(c, n + 4), SUMS_4(c, n + 5)
 #define SUMS_32(c, n) SUMS_16(c, n), SUMS_16(c, n + 4)
+#define SUMS_40(c, n) SUMS_32(c, n), SUMS_4(c, n + 8), SUMS_4(c, n + 9)
+#define SUMS_48(c, n) SUMS_32(c, n), SUMS_16(c, n + 8)
 #define SUMS_64(c, n) SUMS_32(c, n), SUMS_32(c, n + 8)
 // The operands' numbers follow those of the R = 4 N registers of c.
 #define WGMMA_INSTRUCTIONS(T, NAME, COLUMNS, R, i0, i1, i2, i3, i4, i5)                                              \
@@ -348,8 +353,10 @@ template <typename T, int N> __device__ __forceinline__ void wgmma_sums(float (&
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b)), "r"(1));                \
     }
 #define WGMMA_OF(T, NAME)                                         \
-    WGMMA_INSTRUCTIONS(T, NAME, 32, 16, 16, 17, 18, 19, 20, 21)   \
+    WGMMA_INSTRUCTIONS(T, NAME, 48, 24, 24, 25, 26, 27, 28, 29)   \
     WGMMA_INSTRUCTIONS(T, NAME, 64, 32, 32, 33, 34, 35, 36, 37)   \
+    WGMMA_INSTRUCTIONS(T, NAME, 80, 40, 40, 41, 42, 43, 44, 45)   \
+    WGMMA_INSTRUCTIONS(T, NAME, 96, 48, 48, 49, 50, 51, 52, 53)   \
     WGMMA_INSTRUCTIONS(T, NAME, 128, 64, 64, 65, 66, 67, 68, 69)
 WGMMA_OF(bf16, "bf16")
 WGMMA_OF(fp16, "f16")
