@@ -334,11 +334,11 @@ FLOAT_TILES = {
 # And for the instruction of four warps that Hopper has.
 WGMMA_TILES = {
     "forward": {64: (128, 96, 8, 2, "WGMMA"), 128: (128, 48, 8, 2, "WGMMA")},
-    "queries": {64: (64, 64, 4, 3, "WGMMA"), 128: (128, 64, 8, 1, "WGMMA")},
-    "keys": {64: (64, 64, 4, 3, "WGMMA"), 128: (128, 64, 8, 1, "WGMMA")},
+    "queries": {64: (64, 64, 4, 3, "WGMMA"), 128: (64, 64, 4, 2, "WGMMA")},
+    "keys": {64: (64, 64, 4, 3, "WGMMA"), 128: (64, 64, 4, 2, "WGMMA")},
 }
 LOG2E = 1 / math.log(2)  # the kernels' exponents are of 2
-PADDED = 128  # lse and delta of the backward are padded to a multiple of it, which is one of their tiles' rows
+PADDED = 128  # lse and delta of the backward are padded to a multiple of it, which tiles of queries have to divide
 
 
 def _instance(kernel, ctype, Dp, tile):

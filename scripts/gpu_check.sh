@@ -92,6 +92,7 @@ print(f"{sum(len(source.instances) for source in sources)} instances of {len(sou
     bench 60 1M-graph "${small[@]}" --graph
     bench 60 10M "${medium[@]}"
     bench 60 10M-graph "${medium[@]}" --graph
+    part 60 tiles "$python" scripts/tune_attention.py --json "$out/tiles.json"
     kernels 100 float16 --rounds 3
     if [ ${#failed[@]} -gt 0 ]; then
         printf 'FAILED: %s\n' "${failed[@]}"

@@ -474,6 +474,7 @@ CASES = [
     ("bench_training", "!--width 33", 2, "--heads = 4 must divide --width 33"),
     ("bench_training", "!--rounds 0", 2, "--rounds has to be at least 1, and is 0"),
     ("bench_kernels", "!--only nothing --rounds 0", 2, "--rounds must be at least 1"),
+    ("tune_attention", "!--rounds 0", 2, "--rounds must be at least 1"),
     ("atlas", "!--out full --size 50KB", 1,
      "full is not empty: take another --out, or replace it with --overwrite True"),
     ("atlas", "!--out full --size 50KB --overwrite True", 1,

@@ -2,6 +2,7 @@
 references; and where there is a GPU, on that."""
 
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import inspect
@@ -21,7 +22,7 @@ from minillm.autograd import Tensor, backward
 from minillm.batching import Batcher, Row
 from minillm.generate import generate, next_probabilities
 from minillm.harness import score
-from minillm.kernels import device
+from minillm.kernels import attention, device
 from minillm.kernels.adamw import step_inplace
 from minillm.model import Config, build
 from minillm.optim import AdamW, clip_grad_norm, clip_scale, gpu_clip_scale
@@ -726,13 +727,67 @@ def test_updates_on_the_cuda_kernels_are_those_of_the_references(kind, precision
         assert np.linalg.norm(a - b) < limit * np.linalg.norm(b)
 
 
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+@pytest.mark.parametrize("fault", [None, ("acc(r, c) *= correction", "acc(r, c) *= 1")])
+def test_the_search_for_tiles(fault, cupy, monkeypatch, capsys, tmp_path):
+    """On small examples, for the forward; the tables are as they were, and what is wrong is told and not timed."""
+    script = load_script("tune_attention")
+    monkeypatch.delenv("MINILLM_KERNELS")
+    tables, own = copy.deepcopy((attention.TILES, attention.WGMMA_TILES)), attention.SOURCE
+    example, ahead, file = script.example, [], tmp_path / "x.json"
+
+    def rising(kernel, seed, size, *rest):  # keys that the first tile's maximum does not reach
+        args, kwargs = example(kernel, seed, size, *rest)
+        (B, T, H, D), steps = (1, 150, 1, 64), np.arange(150)[:, None, None]
+        q, k, v = (np.random.default_rng(seed).standard_normal((B, T, H, D)) for _ in range(3))
+        q[..., 0], k[..., :1] = 8, 0.3 * steps
+        arrays = [device.to_device(x.astype(args[0].dtype), "cuda") for x in (q, k, v)]
+        return [*arrays, device.to_device(np.zeros((B, T), np.int32), "cuda"), 1 / 8], kwargs
+
+    monkeypatch.setattr(script, "example", rising)
+    monkeypatch.setattr(script, "SIZES", dict.fromkeys((64, 128), "ragged"))
+    monkeypatch.setattr(script, "CANDIDATES", {("forward", 64): [(128, 64, 8, 2, "WGMMA")]})
+    monkeypatch.setattr("scripts.bench_kernels.BUSY", 1 << 10)
+    monkeypatch.setattr(script.cuda, "compile_ahead", ahead.extend)
+    monkeypatch.setattr(sys, "argv", ["tune_attention.py", "--rounds=1", f"--json={file}"])
+
+    class Faulty(OnCpu):
+        """A fault in one of the candidates."""
+
+        def launch(self, source, instance, *rest):
+            self.edits = {"attention.cu": [fault]} if fault and ", 96, 8, 2, WGMMA" in instance else {}
+            super().launch(source, instance, *rest)
+
+    told = pytest.raises(SystemExit, match="1 tiles are wrong or failed") if fault else contextlib.nullcontext()
+    with on_cpu(Faulty()), told:
+        script.main()
+    rows, printed = json.loads(file.read_text(encoding="utf-8"))["rows"], capsys.readouterr().out
+    tried = [[128, 64, 4, 2, "HELD"], [128, 96, 8, 2, "WGMMA"], [128, 64, 8, 2, "WGMMA"]]
+    assert [row["tile"] for row in rows] == ([tried[0], tried[2]] if fault else tried)
+    assert ("other results" in printed) == bool(fault) and printed.count(" 1.00x") == len(rows)
+    assert len(ahead) == 3 and tables == (attention.TILES, attention.WGMMA_TILES) and attention.SOURCE is own
+
+
+def test_tiles_fit_what_is_padded_for_them():
+    script = load_script("tune_attention")
+    tables = [attention.TILES, attention.FLOAT_TILES, attention.WGMMA_TILES]
+    tiles = [(kernel, tile) for table in tables for kernel, sizes in table.items() for tile in sizes.values()]
+    tiles += [(kernel, tile) for (kernel, _), some in script.CANDIDATES.items() for tile in some]
+    for kernel, (own, streamed, *_) in tiles:
+        assert kernel == "forward" or attention.PADDED % (own if kernel == "queries" else streamed) == 0, (kernel, own)
+
+
 @pytest.mark.parametrize("fault", [[], [("rms_norm.cu", "/ D + eps", "/ (D + 1) + eps")]])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_benchmark_of_kernels(dtype, fault, cupy, monkeypatch, capsys, tmp_path):
     """All of it but the timed sizes and the ceilings; and what is wrong is told and not timed."""
-    spec = importlib.util.spec_from_file_location("bench_kernels", ROOT / "scripts/bench_kernels.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("bench_kernels")
     monkeypatch.delenv("MINILLM_KERNELS")
     example, file = script.example, tmp_path / "x.json"
     monkeypatch.setattr(script, "example", lambda kernel, seed, size, *rest: example(kernel, seed, "ragged", *rest))
