@@ -18,9 +18,8 @@ import numpy as np
 import pytest
 
 import minillm.kernels
-from minillm.kernels import attention, cuda, device
+from minillm.kernels import cuda, device
 from minillm.kernels.jit import cache_root
-from scripts import tune_attention
 
 MODULES = [importlib.import_module(f"minillm.kernels.{m.name}") for m in pkgutil.iter_modules(minillm.kernels.__path__)]
 SOURCES = sorted({x for m in MODULES for x in vars(m).values() if isinstance(x, cuda.Source)}, key=lambda s: s.name)
@@ -121,13 +120,6 @@ def test_every_instance_fits_in_its_registers(source, compiled):
 @every_source
 def test_other_architectures_take_it_too(source, architecture, compiled):
     check_resources(source, compiled(source, one_of_each_kernel(source), architecture), architecture)
-
-
-def test_the_tiles_to_try_fit_in_their_registers_too():
-    for (kernel, _), some in tune_attention.candidates(hopper=True).items():
-        for one in some:
-            instance = attention._instance(kernel, "bf16", one.D, one.tile)
-            check_resources(one.source, cuda.compile_instances(one.source, [instance], cuda.HOPPER), cuda.HOPPER)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from minillm.autograd import Tensor, backward
 from minillm.batching import Batcher, Row
 from minillm.generate import generate, next_probabilities
 from minillm.harness import score
-from minillm.kernels import attention, device
+from minillm.kernels import attention, cuda, device
 from minillm.kernels.adamw import step_inplace
 from minillm.model import Config, build
 from minillm.optim import AdamW, clip_grad_norm, clip_scale, gpu_clip_scale
@@ -33,6 +33,7 @@ from minillm.trainers.common import Settings
 from tests import fake_cupy
 from tests.cuda_on_cpu import on_cpu
 from tests.fake_cupy import OnCpu, installed
+from tests.test_cuda import check_resources
 from tests.world import TOKENIZER, TRAINERS, config, left, make_world
 
 ROOT = Path(__file__).parents[1]
@@ -781,6 +782,13 @@ def test_tiles_fit_what_is_padded_for_them():
     tiles += [(kernel, tile) for (kernel, _), some in script.CANDIDATES.items() for tile in some]
     for kernel, (own, streamed, *_) in tiles:
         assert kernel == "forward" or attention.PADDED % (own if kernel == "queries" else streamed) == 0, (kernel, own)
+
+
+def test_tiles_to_try_fit_in_their_registers():
+    for (kernel, _), some in load_script("tune_attention").candidates(hopper=True).items():
+        for one in some:
+            instance = attention._instance(kernel, "bf16", one.D, one.tile)
+            check_resources(one.source, cuda.compile_instances(one.source, [instance], cuda.HOPPER), cuda.HOPPER)
 
 
 @pytest.mark.parametrize("fault", [[], [("rms_norm.cu", "/ D + eps", "/ (D + 1) + eps")]])
