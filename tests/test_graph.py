@@ -14,7 +14,7 @@ from minillm.kernels import device
 from minillm.kernels.graph import Graph
 from minillm.model import Config, build
 from minillm.optim import AdamW, gpu_clip_scale
-from minillm.trainers import pretrain
+from minillm.trainers import pretrain, sft
 from minillm.trainers import recorded as recorded_module
 from minillm.trainers.common import next_token_backward
 from minillm.trainers.recorded import RecordedUpdate
@@ -379,6 +379,29 @@ def test_pretraining_with_a_graph(world, tmp_path, cupy, monkeypatch):
     assert fake_cupy.Graph.launched == 8 + 3 + 4  # the first update of each start is none
 
 
+@pytest.mark.parametrize("adapter", [{}, {"lora_rank": 2}, {"lora_rank": 2, "quantize": "nf4"}])
+def test_fine_tuning_with_a_graph(adapter, world, tmp_path, cupy, monkeypatch):
+    """As pretraining, whatever is trained: the whole model or an adapter beside it, in four bits, too."""
+    steps, curves = Run.steps, {}
+
+    def watched(self, *args):
+        for step in steps(self, *args):
+            with cupy.allow_synchronize(False):
+                yield step
+
+    for name, told in (("cpu", {}), ("gpu", {"device": "cuda", "cuda_graph": True})):
+        run = config(world, "sft", tmp_path / name, log_every=1, save_minutes=0.0, samples=0, **adapter, **told)
+        sft.train(run)
+        curves[name] = [
+            [row[key] for row in rows_of(run.out) if key in row] for key in ("loss", "grad_norm", "trained_tokens")
+        ]
+        monkeypatch.setattr(Run, "steps", watched)
+    assert len(curves["cpu"][0]) > 4
+    for host, gpu in zip(*curves.values(), strict=True):
+        np.testing.assert_allclose(gpu, host, rtol=1e-3)
+    assert fake_cupy.Graph.launched == len(curves["gpu"][0]) - 1
+
+
 def test_a_gradient_that_is_not_finite_stops_it(world, tmp_path, cupy):
     on_gpu = settings(world, tmp_path / "gpu", device="cuda", cuda_graph=True, lr=1e30)
     with pytest.raises(NotFinite, match=r"^update 2 \(cats .*the gradient's norm is nan"):
@@ -386,8 +409,9 @@ def test_a_gradient_that_is_not_finite_stops_it(world, tmp_path, cupy):
 
 
 def test_a_graph_is_for_the_gpu(tmp_path):
-    with pytest.raises(ValueError, match=r"^--cuda-graph has to be False without --device cuda, and is True$"):
-        pretrain.PretrainConfig(data=tmp_path, out=tmp_path / "out", cuda_graph=True)
+    for make in (pretrain.PretrainConfig, lambda **told: sft.SFTConfig(model=tmp_path, **told | {"data": (tmp_path,)})):
+        with pytest.raises(ValueError, match=r"^--cuda-graph has to be False without --device cuda, and is True$"):
+            make(data=tmp_path, out=tmp_path / "out", cuda_graph=True)
 
 
 @pytest.mark.parametrize("graph", [[], ["--graph"]])

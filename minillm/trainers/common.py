@@ -182,6 +182,19 @@ class Settings(RunSettings):
 
 
 @dataclass(kw_only=True)
+class PackedSettings(Settings):
+    """Rows of one length. What trainers can be told whose updates are all of one shape: pretraining and SFT."""
+
+    cuda_graph: bool = False
+    """on a GPU, record an update once and launch it as one: for models so small that Python is slower than the GPU"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.cuda_graph and self.device != "cuda":
+            self.refuse("cuda_graph", "False without --device cuda")
+
+
+@dataclass(kw_only=True)
 class LoraSettings(Settings):
     """Adapters. Train a few numbers beside a frozen model (lora.py)."""
 

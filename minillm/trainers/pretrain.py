@@ -19,16 +19,15 @@ from ..files import read_object
 from ..generate import generate
 from ..model import Config, build
 from .common import (
-    Settings,
+    PackedSettings,
     dress,
     load_tokenizer,
-    next_token_backward,
     parts,
     same_tokenizer,
     save_trained,
 )
 from .evaluation import byte_lengths, evaluate_tokens
-from .recorded import RecordedUpdate
+from .recorded import updates_of
 from .run import Run, claim, identity_of, in_its_folder
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
@@ -36,7 +35,7 @@ SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_val
 
 
 @dataclass(kw_only=True)
-class PretrainConfig(Settings):
+class PretrainConfig(PackedSettings):
     """Pretraining. The defaults suit a model of about a million parameters and some million tokens."""
 
     data: Path
@@ -68,8 +67,6 @@ class PretrainConfig(Settings):
     """the peak learning rate: small models take large ones, and 1e-3 suits 10M parameters"""
     weight_decay: float = 0.1
     """pulls matrices toward zero; the usual value of pretraining"""
-    cuda_graph: bool = False
-    """on a GPU, record an update once and launch it as one: for models so small that Python is slower than the GPU"""
     eval_rows: int = 256
     """rows of held-out text in an evaluation, of each source"""
 
@@ -82,8 +79,6 @@ class PretrainConfig(Settings):
             self.at_least(name, 0)
         if self.context and self.context < self.length:
             self.refuse("context", f"at least the rows' length {self.length}")
-        if self.cuda_graph and self.device != "cuda":
-            self.refuse("cuda_graph", "False without --device cuda")
         if self.weights is not None and not (self.weights and all(w > 0 for w in self.weights.values())):
             self.refuse("weights", "above 0")
         new = {field.name: field.default for field in dataclasses.fields(self)}
@@ -139,8 +134,7 @@ def train(config):
     held_out = [rows.rows(some) for rows, some in zip(tests, spread, strict=True)]
     claim(config)
     optimizer = config.optimizer(model.parameters)
-    if config.cuda_graph:
-        recorded = RecordedUpdate(model, optimizer, config.micro_batch_size, config.max_grad_norm)
+    update = updates_of(config, model, optimizer)
     steps = math.ceil(config.tokens / (config.batch_size * config.length))
     lengths = byte_lengths(tokenizer)
 
@@ -161,10 +155,6 @@ def train(config):
             batch = next(batches)
             if not batch.mask.any():
                 continue  # nothing to learn from: an update would only apply the weight decay
-            if config.cuda_graph:
-                run.updated(recorded(batch, run.lr), tokens=batch.x.size)
-            else:
-                loss = next_token_backward(model, batch, config.micro_batch_size, config.workers)
-                run.update(optimizer, {"loss": loss}, tokens=batch.x.size)
+            update(run, batch)
         run.load_best()
     return save_trained(config, model, tokenizer), tokenizer

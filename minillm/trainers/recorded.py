@@ -9,7 +9,7 @@ from ..functional import checked_start
 from ..kernels.device import check_ids, number
 from ..kernels.graph import Graph
 from ..optim import gpu_clip_scale
-from .common import parts, targets_and_weights, weighted_loss
+from .common import next_token_backward, parts, targets_and_weights, weighted_loss
 
 
 class Inputs(NamedTuple):
@@ -19,6 +19,21 @@ class Inputs(NamedTuple):
     start: object
     targets: object
     weights: object
+
+
+def updates_of(config, model, optimizer):
+    """function(run, batch, **numbers): an update of `model` with the settings of a trainer on packed rows, as a CUDA
+    graph where they ask for one; `numbers` go to its row of metrics, too."""
+    recorded = config.cuda_graph and RecordedUpdate(model, optimizer, config.micro_batch_size, config.max_grad_norm)
+
+    def update(run, batch, **numbers):
+        if recorded:
+            run.updated(recorded(batch, run.lr) | numbers, tokens=batch.x.size)
+        else:
+            loss = next_token_backward(model, batch, config.micro_batch_size, config.workers)
+            run.update(optimizer, {"loss": loss} | numbers, tokens=batch.x.size)
+
+    return update
 
 
 class RecordedUpdate:

@@ -18,12 +18,12 @@ from ..data.datasets import Batches, Mixture, Windows, load_tokens
 from ..data.readers import Bad
 from .common import (
     LoraSettings,
+    PackedSettings,
     QuestionSettings,
     TuningSettings,
     dress,
     hold_out,
     load_tokenizer,
-    next_token_backward,
     parts,
     read_files,
     same_tokenizer,
@@ -32,11 +32,12 @@ from .common import (
     trainable,
 )
 from .evaluation import complete, evaluate_tokens, examiner
+from .recorded import updates_of
 from .run import Run, claim, identity_of, in_its_folder
 
 
 @dataclass(kw_only=True)
-class SFTConfig(QuestionSettings, TuningSettings, LoraSettings):
+class SFTConfig(QuestionSettings, TuningSettings, LoraSettings, PackedSettings):
     """Supervised fine-tuning."""
 
     packing: Literal["best_fit", "pad"] = "best_fit"
@@ -98,7 +99,7 @@ def train(config):
     print(f"{len(examples):,} conversations in {len(rows):,} rows of {length}, {len(tests):,} held out")
     print(f"{steps:,} updates of {config.batch_size} rows")
     optimizer = config.optimizer(model.parameters)
-    examine = examiner(config, template, tokenizer)
+    update, examine = updates_of(config, model, optimizer), examiner(config, template, tokenizer)
 
     def evaluate():
         found = evaluate_tokens(model, parts(held_rows.rows(range(len(held_rows))), 32)) if len(held_rows) else {}
@@ -115,7 +116,6 @@ def train(config):
             batch = next(batches)
             if not batch.mask.any():
                 continue  # nothing to learn from: an update would only apply the weight decay
-            loss = next_token_backward(model, batch, config.micro_batch_size, config.workers)
-            run.update(optimizer, {"loss": loss, "trained_tokens": batch.mask.sum()}, tokens=batch.x.size)
+            update(run, batch, trained_tokens=batch.mask.sum())
         run.load_best()
     return save_trained(config, model, tokenizer, template), tokenizer
