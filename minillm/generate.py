@@ -231,7 +231,8 @@ class _Batch:
     """The rows that are not finished, padded on the left to one length, and their cache."""
 
     def __init__(self, model, rows, max_new_tokens, cached):
-        self.model, self.rows = model, list(rows)
+        self.model, self.rows = model.without_casts(), list(rows)
+        self.head = model.head.data.astype(model.activations, copy=False)
         longest = max((len(row.prompt) for row in rows), default=0)
         self.pads = np.array([longest - len(row.prompt) for row in rows], np.int32)
         room = longest + min(max_new_tokens, model.config.max_position_embeddings)
@@ -245,7 +246,7 @@ class _Batch:
             tokens = np.array([np.pad(row.all_ids(), (p, 0)) for row, p in zip(self.rows, self.pads, strict=True)])
         start = np.repeat(self.pads[:, None], tokens.shape[1], 1)
         hidden = self.model.hidden(tokens, start, self.cache)
-        return F.linear(hidden.data[:, -1], self.model.head.data).data.astype(np.float64)
+        return F.linear(hidden.data[:, -1], self.head).data.astype(np.float64)
 
     def drop_finished(self):
         going_on = np.flatnonzero([row.finish is None for row in self.rows])

@@ -16,6 +16,7 @@ by side there, and gate, up too, their fused weights, which the computation uses
 
 import copy
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -232,6 +233,18 @@ class Model:
             raise ValueError("a model is moved before it gets an adapter")
         new = self._with(to_device(self.flat, device))
         new.activations = activations
+        return new
+
+    def without_casts(self):
+        """This model for many calls without a gradient: with a copy of the blocks' matrices in the dtype of the
+        activations, to which every call would cast them, to the same bits. Itself where there is nothing to cast."""
+        if self.activations == self.flat.dtype:
+            return self
+        new = copy.copy(self)
+        new.used = dict(self.used)
+        for name in itertools.chain(*self._block_names):
+            if self.used[name].ndim == 2:
+                new.used[name] = Tensor(self.used[name].data.astype(self.activations))
         return new
 
     @property

@@ -101,6 +101,8 @@ class Options(Sampling):
     """chatml, llama2, llama3, alpaca, or a Jinja file; none: the model folder's own"""
     device: Literal["cpu", "cuda"] = "cpu"
     """cuda: the GPU, by CuPy"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of weights and activations; bfloat16 is for GPUs, and takes half the memory there"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -431,7 +433,7 @@ def run(options):
         stream.reconfigure(encoding="utf-8", errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
     tokenizer = load_tokenizer(options.model)
     template = template_of(options.model, options.template)
-    model = load_with_head(options.model, "lm", device=options.device)
+    model = load_with_head(options.model, "lm", device=options.device, precision=options.precision)
     if not options.template and never_taught(options.model, template):
         told(f"{options.model} was never taught to chat: it will continue the text rather than answer")
         template = None

@@ -82,6 +82,8 @@ class Options:
     """how many malformed lines of the prompts may be skipped"""
     device: Literal["cpu", "cuda"] = "cpu"
     """cuda: the GPU, by CuPy"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of weights and activations; bfloat16 is for GPUs, and takes half the memory there"""
 
     serve: bool = False
     """rank in a browser, on a page that only this machine can open"""
@@ -797,7 +799,7 @@ def prepare(options):
             raise ValueError(f"--out {options.out} is a file of prompts: take another")
     tokenizer, template = load_tokenizer(options.model), template_of(options.model, options.template)
     found = read_files(options.prompts, read_prompts, Bad(options.skip_bad))
-    model = load_with_head(options.model, "lm", device=options.device)
+    model = load_with_head(options.model, "lm", device=options.device, precision=options.precision)
     context = model.config.max_position_embeddings
     longest = options.max_new_tokens or min(LONGEST, context // 2)
     if longest + 1 >= context:

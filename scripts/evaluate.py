@@ -140,6 +140,8 @@ class Options:
     """the random numbers of sampling"""
     device: Literal["cpu", "cuda"] = "cpu"
     """cuda: the GPU, by CuPy"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of weights and activations; bfloat16 is for GPUs, and takes half the memory there"""
 
     samples: int = 0
     """how many answers to show"""
@@ -212,7 +214,7 @@ def load(options):
     folder = options.model
     check_device(options.device)
     tokenizer, template = load_tokenizer(folder), template_of(folder, options.template)
-    model = load_pretrained(folder).to(options.device)
+    model = load_pretrained(folder, np.dtype(options.precision)).to(options.device)
     if model.config.head == "scalar":
         wrong = [f"--{name}" for name in (*MEASURED, "reference") if name != "preferences" and getattr(options, name)]
         if wrong:
@@ -236,7 +238,7 @@ def companion(options, name, head, model, tokenizer):
     if folder is None:
         return None
     same_tokenizer(folder, tokenizer, options.model)
-    found = load_with_head(folder, head, device=options.device)
+    found = load_with_head(folder, head, device=options.device, precision=options.precision)
     sizes = found.config.vocab_size, model.config.vocab_size
     if sizes[0] < sizes[1]:  # it would be asked about ids that it does not have
         raise ValueError(f"{folder} has {sizes[0]} tokens, and {options.model} has {sizes[1]}")

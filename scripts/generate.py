@@ -35,6 +35,8 @@ def parse(arguments):
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="how many continuations (1)")
     parser.add_argument("--no-cache", action="store_true", help="compute every token from all before it, to compare")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the GPU, by CuPy (cpu)")
+    precisions = {"choices": ("float32", "bfloat16"), "default": "float32"}
+    parser.add_argument("--precision", **precisions, help="of weights and activations; bfloat16 is for GPUs (float32)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     options = parser.parse_args(arguments)
     for name, fits, must in (
@@ -56,7 +58,8 @@ def parse(arguments):
 
 
 def run(options):
-    tokenizer, model = load_tokenizer(options.model), load_with_head(options.model, "lm", device=options.device)
+    tokenizer = load_tokenizer(options.model)
+    model = load_with_head(options.model, "lm", device=options.device, precision=options.precision)
     prompt = tokenizer.encode(options.prompt).tolist()
     if tokenizer.bos_id is not None:
         prompt = [tokenizer.bos_id, *prompt]

@@ -55,6 +55,8 @@ class Options:
     """another model folder with the same tokenizer, to show beside the first"""
     device: Literal["cpu", "cuda"] = "cpu"
     """cuda: the GPU, by CuPy"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of weights and activations; bfloat16 is for GPUs, and takes half the memory there"""
 
     def __post_init__(self):
         if self.model is None:
@@ -188,7 +190,8 @@ def run(options):
     tokenizer = load_tokenizer(options.model)
     if options.compare:
         same_tokenizer(options.compare, tokenizer, options.model)
-    models = [load_with_head(folder, "lm", device=options.device) for folder in folders]
+    where = {"device": options.device, "precision": options.precision}
+    models = [load_with_head(folder, "lm", **where) for folder in folders]
     names = [folder.resolve().name for folder in folders]
     names = names if len(set(names)) == len(names) else list(map(str, folders))
     prompts, stops = zip(*(prompt_of(folder, tokenizer, options) for folder in folders), strict=True)

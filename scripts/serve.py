@@ -59,6 +59,8 @@ class Options:
     """of requests that bring none: the same ones in the same order get the same answers"""
     device: Literal["cpu", "cuda"] = "cpu"
     """cuda: the GPU, by CuPy"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of weights and activations; bfloat16 is for GPUs, and takes half the memory there"""
     out: Path | None = None
     """a folder for metrics.jsonl, which gets a row for each request; none: nothing is written"""
 
@@ -152,7 +154,7 @@ def run(options):
     key = read_key(options.api_key)
     tokenizer = load_tokenizer(options.model)
     template = template_of(options.model, options.template)
-    model = load_with_head(options.model, "lm", device=options.device)
+    model = load_with_head(options.model, "lm", device=options.device, precision=options.precision)
     if not options.template and never_taught(options.model, template):
         template = None
     generate(model, [[tokenizer.eos_id]], max_new_tokens=2)  # the first call loads the kernels

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from minillm import functional as F
-from minillm import lora
+from minillm import hub, lora
 from minillm.autograd import Tensor, backward
 from minillm.batching import Batcher, Row
 from minillm.generate import generate, next_probabilities
@@ -888,18 +888,21 @@ def test_a_device_that_is_not_there_is_one_line(name, missing, world, monkeypatc
 
 
 @pytest.mark.usefixtures("nothing_is_typed")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["generate", "next_token", "chat", "evaluate"])
-def test_a_script_prints_the_same_from_the_gpu(name, world, monkeypatch, capsys, cupy):
+def test_a_script_prints_the_same_from_the_gpu(name, precision, world, monkeypatch, capsys, cupy):
     monkeypatch.chdir(world)
-    texts = []
+    texts, dtypes, read = [], [], hub.load_pretrained
+    for module in (common, hub):
+        monkeypatch.setattr(module, "load_pretrained", lambda *given: dtypes.append(given[1].name) or read(*given))
     for where in ("cpu", "cuda"):
-        arguments = COMMANDS[name].replace("--out out", "").split()
+        arguments = [*COMMANDS[name].replace("--out out", "").split(), "--precision", precision]
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments, "--device", where])
         cupy.synchronized.clear()
         runpy.run_path(str(ROOT / f"scripts/{name}.py"), run_name="__main__")
         texts.append(capsys.readouterr().out)
         assert bool(cupy.synchronized) == (where == "cuda")
-    assert texts[0] == texts[1] != ""
+    assert texts[0] == texts[1] != "" and set(dtypes) == {precision}
 
 
 # ------------------------------------------------------------------ a real GPU

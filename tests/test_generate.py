@@ -1,13 +1,15 @@
 """Sampling: exact filters, true frequencies, rows that do not depend on each other, and ends that are what they say."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minillm import lora
 from minillm.autograd import no_grad
 from minillm.generate import filter_logits, generate, next_probabilities
-from minillm.model import Config, build
+from minillm.model import Config, Model, build
 
 TINY = {"vocab_size": 17, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 CONFIGS = {
@@ -252,6 +254,29 @@ def test_cached_equals_uncached(config):
             assert np.array_equal(a.ids, b.ids)
             assert a.finish == b.finish
             assert np.allclose(a.logprobs, b.logprobs, atol=1e-10)
+
+
+@pytest.mark.parametrize("adapter", ["", "none", "nf4"])
+@every_model
+def test_weights_are_cast_once_for_all_tokens_and_to_the_same_bits(config, adapter, monkeypatch):
+    model = sharp(config, np.float32).to("cpu", ml_dtypes.bfloat16)
+    if adapter:
+        model = lora.adapt(model, rank=2, quantize=adapter)
+        model.flat += np.random.default_rng(2).standard_normal(model.flat.size).astype(np.float32)
+    before = dict(model.used)
+    once = generate(model, PROMPTS, max_new_tokens=9, seed=3)
+    assert model.used == before and all(p.dtype == np.float32 for p in before.values())
+    ready = model.without_casts()
+    matrices = [p for names in ready._block_names for p in (ready.used[name] for name in names) if p.ndim == 2]
+    assert matrices and all(p.dtype == ml_dtypes.bfloat16 for p in matrices)
+    monkeypatch.setattr(Model, "without_casts", lambda self: self)
+    for a, b in zip(once, generate(model, PROMPTS, max_new_tokens=9, seed=3), strict=True):
+        assert np.array_equal(a.ids, b.ids) and np.array_equal(a.logprobs, b.logprobs)
+
+
+def test_a_model_that_casts_nothing_is_itself():
+    model = sharp(CONFIGS["llama"])
+    assert model.without_casts() is model
 
 
 @every_model

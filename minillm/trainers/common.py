@@ -411,14 +411,15 @@ def with_head(model, head, seed=0):
     return copy
 
 
-def load_with_head(folder, head, seed=None, device="cpu"):
-    """The model of a folder on a device, which has to have this head; with a seed, another one is replaced by one drawn
-    from it. Errors of the device as in kernels.device.check_device, before anything is read.
+def load_with_head(folder, head, seed=None, device="cpu", precision="float32"):
+    """The model of a folder on a device, its weights in this precision, which has to have this head; with a seed,
+    another one is replaced by one drawn from it. Errors of the device as in kernels.device.check_device, before
+    anything is read.
 
     A new head knows nothing: that is how a reward model starts, and an accident everywhere else.
     """
     check_device(device)
-    model = load_pretrained(folder).to(device)
+    model = load_pretrained(folder, np.dtype(precision)).to(device)
     if model.config.head == head:
         return model
     if seed is None:
