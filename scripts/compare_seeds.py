@@ -36,6 +36,8 @@ class Options:
     """as for scripts/pipeline.py"""
     device: Literal["cpu", "cuda"] = "cpu"
     """as for scripts/pipeline.py"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """as for scripts/pipeline.py"""
 
     def __post_init__(self):
         if len(set(self.seeds)) < 2 or min(self.seeds) < 0:
@@ -77,7 +79,9 @@ def compare(options):
     reports = {}
     for seed in options.seeds:
         out = options.out / f"seed-{seed}"
-        notes = run(PipelineConfig(out=out, size=options.size, seed=seed, device=options.device))
+        notes = run(
+            PipelineConfig(out=out, size=options.size, seed=seed, device=options.device, precision=options.precision)
+        )
         reports[seed] = notes["stages"]["report"]
     lines = [line for columns, rows in tables(reports) for line in (*table_lines(columns, rows), "")]
     print("\n" + "\n".join(lines))

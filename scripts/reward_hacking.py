@@ -42,6 +42,8 @@ class Options:
     """replace runs that are there"""
     device: Literal["cpu", "cuda"] = "cpu"
     """cuda: the GPU, by CuPy"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of activations and products; bfloat16 is for GPUs"""
 
     def __post_init__(self):
         if len(set(self.betas)) < 2 or min(self.betas) < 0:
@@ -83,6 +85,7 @@ def compare(options):
                 schedule="constant",
                 seed=options.seed,
                 device=options.device,
+                precision=options.precision,
                 eval_every=5,
                 samples=4,
             )
