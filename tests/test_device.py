@@ -887,6 +887,15 @@ def test_a_device_that_is_not_there_is_one_line(name, missing, world, monkeypatc
     assert sorted(Path().rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", [*COMMANDS, "reward_hacking"])
+def test_every_script_that_computes_takes_a_device_and_a_precision(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(str(ROOT / f"scripts/{name}.py"), run_name="__main__")
+    told = capsys.readouterr().out
+    assert "--device" in told and "--precision" in told
+
+
 @pytest.mark.usefixtures("nothing_is_typed")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["generate", "next_token", "chat", "evaluate"])
