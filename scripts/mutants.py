@@ -55,6 +55,7 @@ AREAS = {
     "minillm/checkpoint.py": ["tests/test_checkpoint.py"],
     "minillm/trainers/run.py": ["tests/test_resume.py", "tests/test_trainers.py", DEVICE],
     "kernels/adamw.py": ["tests/test_optim.py", "tests/test_kernels.py", "tests/test_cuda_kernels.py"],
+    "kernels/kernel.py": ["tests/test_kernels.py"],
     "kernels/cuda.py": ["tests/test_cuda.py"],
     "kernels/blas.py": ["tests/test_blas.py"],
     "kernels/graph.py": ["tests/test_graph.py"],
@@ -360,6 +361,7 @@ FAULTS = {
         ("used[HEAD] = model.parameters[PREFIX + HEAD]", "pass", "gradient: a scalar head is frozen, too"),
     ],
     "minillm/model.py": [
+        ("if self.used[name].ndim == 2:", "if True:", "casts: norms are rounded, too, when sampling"),
         ('self.sin, "offset": before}', 'self.sin, "offset": 0}', "cache: the next token stands at position 0"),
         ("dtype=np.int32) - (window - 1)", "dtype=np.int32) - window", "window: one position more"),
         ("arange(before, before + T, dtype", "arange(0, T, dtype", "window: counted from the new tokens"),
@@ -687,7 +689,14 @@ FAULTS = {
             "mixture: a batch's rows are not put back in order",
         ),
     ],
+    "kernels/kernel.py": [
+        ("return *first, *_PREFERENCE[device]", "return _PREFERENCE[device]", "version: the name that is wanted is lost"),
+        ("(*_PREFERENCE[device], *_BY_NAME[device])", "_PREFERENCE[device]", "version: those taken by name are not"),
+        (" or dtype.name not in _DTYPES[device]:", ":", "version: the oracle is a fast one"),
+    ],
     "kernels/cuda.py": [
+        ('return HOPPER if name == "sm_90" else name', "return name", "hopper: compiled without its own instructions"),
+        ("if architecture == HOPPER or i not in self.hopper", "", "hopper: compiled ahead for what has them not"),
         ("(48 << 10) - OWN_SHARED", "48 << 10", "launch: a kernel's own shared memory does not count"),
         (
             '["MaxSharedMemoryPerBlockOptin"] - OWN_SHARED',
@@ -727,6 +736,7 @@ FAULTS = {
         ),
     ],
     "minillm/trainers/recorded.py": [
+        ("recorded(batch, run.lr) | numbers", "recorded(batch, run.lr)", "graph: a trainer's own numbers are lost"),
         ("self.optimizer.rates(lr))", "self.optimizer.rates(0.01))", "graph: the first learning rate for good"),
         ("        self.optimizer.zero_grad()\n", "", "graph: gradients of all updates add up"),
         (
