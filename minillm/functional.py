@@ -46,7 +46,7 @@ def linear(x, weight, bias=None):
 
     dx = g weight, dweight = g^T x, dbias = sum of g over the rows: y_in = sum_k x_ik w_nk, so w_nk meets g_in through
     x_ik for every row i. The weight is used in x's dtype; its gradient, a sum over many rows, has at least 32 bits,
-    and the product itself adds it to what is in weight.grad (kernels/blas.py).
+    and the product itself adds it to what is in weight.grad (kernels/blas.py); so does that of dbias, 1^T g.
     Keeps weight for dx and x for dweight.
     Example: linear(randn(B, T, K), randn(N, K), randn(N))
     """
@@ -64,7 +64,12 @@ def linear(x, weight, bias=None):
     def dweight(g, *, into=None):
         return multiply(g.reshape(rows, N).T, flat, into, wide, add=into is not None)
 
-    return y.reshape(*lead, N), (dx, dweight, lambda g: g.reshape(rows, N).sum(0, dtype=wide))
+    def dbias(g, *, into=None):  # as a product with ones: BLAS adds up columns in parallel, and to more digits
+        ones, target = xp_of(g).ones((1, rows), np.float32).astype(g.dtype), into if into is None else into[None]
+        sums = multiply(ones, g.reshape(rows, N), target, wide, add=into is not None)
+        return sums[0] if into is None else into
+
+    return y.reshape(*lead, N), (dx, dweight, dbias)
 
 
 # ------------------------------------------------------------------ norms

@@ -652,3 +652,22 @@ def test_a_weights_gradient_is_added_where_it_lies(f, alone, monkeypatch):
     assert sum(added) == alone
     for new, old in zip(collected, fresh, strict=True):
         assert np.array_equal(new, 1 + old)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_bias_gradient_is_a_product_and_added_where_it_lies(dtype, monkeypatch):
+    """A sum over many rows, of 16 bits in 32: no further from the exact one than NumPy's own."""
+    added = []
+    monkeypatch.setattr(F, "multiply", lambda *a, add=False: added.append(add) or blas.multiply(*a, add=add))
+    rng = np.random.default_rng(5)
+    x, w, b = (rng.standard_normal(s).astype(dtype) for s in ((3, 700, 5), (4, 5), (4,)))
+    g = rng.standard_normal((3, 700, 4)).astype(dtype)
+    exact = g.astype(np.float64).sum((0, 1))
+    limit = np.abs(g.astype(np.float32).reshape(-1, 4).sum(0) - exact).max()
+    for start in (None, 1.0):
+        leaf = Tensor(b.astype(np.float32), requires_grad=True)
+        leaf.grad = kept = None if start is None else np.full(4, start, np.float32)
+        F.linear(Tensor(x), w, leaf).backward(g)
+        assert leaf.grad.dtype == np.float32 and (start is None or leaf.grad is kept)
+        assert np.abs(leaf.grad - exact - (start or 0)).max() <= max(limit, 1e-5)
+    assert added == [False] * 3 + [True]
