@@ -96,7 +96,7 @@ class Source:
         if instance not in self.instances:
             raise KeyError(f"{self.name} has no instance {instance!r}, only {', '.join(self.instances)}")
         if instance in self.hopper and (found := backend.architecture()) != HOPPER:
-            raise RuntimeError(f"{self.name}, {instance} needs a GPU of {HOPPER} (H100, H200); this one is {found}")
+            raise ValueError(f"{self.name}, {instance} needs a GPU of {HOPPER} (H100, H200); this one is {found}")
         kinds = [*map(type, arguments)]
         if not _WITHOUT_SIZE.isdisjoint(kinds):
             i = next(i for i, kind in enumerate(kinds) if kind in _WITHOUT_SIZE)
