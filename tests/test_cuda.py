@@ -278,7 +278,7 @@ def test_what_hopper_has_is_compiled_for_hopper_and_refused_elsewhere(gpu, tmp_p
     monkeypatch.setattr(FakeDevice, "capability", "100")
     source.launch("doubled<float>", 1, 32, ())
     with pytest.raises(
-        RuntimeError, match=r"^some.cu, doubled<int> needs a GPU of sm_90a \(H100, H200\); this .* sm_100$"
+        ValueError, match=r"^some.cu, doubled<int> needs a GPU of sm_90a \(H100, H200\); this .* sm_100$"
     ):
         source.launch("doubled<int>", 1, 32, ())
     cuda.compile_ahead([source])

@@ -163,7 +163,7 @@ def test_four_warps_at_once_are_for_hopper_and_for_sixteen_bits():
 
     arguments, do = draw(np.random.default_rng(0), "bf16", 64, *LENGTHS[2])
     told = "^attention.cu, forward<.*WGMMA> needs a GPU of sm_90a .* this one is sm_100$"
-    with pytest.raises(RuntimeError, match=told):
+    with pytest.raises(ValueError, match=told):
         run("bf16", arguments, do, Other(), version="cuda_wgmma")
     assert equal_bits(run("bf16", arguments, do), run("bf16", arguments, do, Other()))
     arguments, do = draw(np.random.default_rng(0), "float", 33, *LENGTHS[2])
