@@ -231,8 +231,7 @@ class _Batch:
     """The rows that are not finished, padded on the left to one length, and their cache."""
 
     def __init__(self, model, rows, max_new_tokens, cached):
-        self.model, self.rows = model.without_casts(), list(rows)
-        self.head = model.head.data.astype(model.activations, copy=False)
+        self.model, self.head, self.rows = model.without_casts(), model.head.data, list(rows)
         longest = max((len(row.prompt) for row in rows), default=0)
         self.pads = np.array([longest - len(row.prompt) for row in rows], np.int32)
         room = longest + min(max_new_tokens, model.config.max_position_embeddings)
@@ -246,6 +245,7 @@ class _Batch:
             tokens = np.array([np.pad(row.all_ids(), (p, 0)) for row, p in zip(self.rows, self.pads, strict=True)])
         start = np.repeat(self.pads[:, None], tokens.shape[1], 1)
         hidden = self.model.hidden(tokens, start, self.cache)
+        self.head = self.head.astype(hidden.dtype, copy=False)  # once, for all tokens
         return F.linear(hidden.data[:, -1], self.head).data.astype(np.float64)
 
     def drop_finished(self):

@@ -130,7 +130,8 @@ FAULTS = {
         ('with _record("yes"):', "with contextlib.nullcontext():", "checkpoint: under no_grad the replay is lost"),
     ],
     "minillm/functional.py": [
-        ("lambda g: g.reshape(rows, N).sum(0,", "lambda g: g.reshape(rows, N).mean(0,", "linear: dbias is a mean"),
+        ("sums = multiply(ones, ", "sums = multiply(ones / rows, ", "linear: dbias is a mean"),
+        ("return sums[0] if into is None else into", "return sums[0]", "bias: its gradient is added twice"),
         ("y * (g - (g * y).sum(axis, keepdims=True))", "y * (g - g * y)", "softmax: dx without the sum over the slice"),
         ("a * a.dtype.type(1 / (1 - p))", "a", "dropout: what is kept is not divided by 1 - p"),
         ("sin, heads, -1)", "sin, heads, 1)", "rope: the gradient is turned forwards"),
@@ -690,7 +691,11 @@ FAULTS = {
         ),
     ],
     "kernels/kernel.py": [
-        ("return *first, *_PREFERENCE[device]", "return _PREFERENCE[device]", "version: the name that is wanted is lost"),
+        (
+            "return *first, *_PREFERENCE[device]",
+            "return _PREFERENCE[device]",
+            "version: the name that is wanted is lost",
+        ),
         ("(*_PREFERENCE[device], *_BY_NAME[device])", "_PREFERENCE[device]", "version: those taken by name are not"),
         (" or dtype.name not in _DTYPES[device]:", ":", "version: the oracle is a fast one"),
     ],

@@ -181,6 +181,32 @@ def test_one_gradient_alone_is_the_same_as_among_others(name):
     check()
 
 
+@every_op
+def test_a_gradient_is_added_to_the_one_that_is_there(name):
+    """In its array, once; some ways back do that themselves."""
+
+    @settings(max_examples=5)
+    @given(calls(OPS[name]))
+    def check(call):
+        inputs, constants, rng = call
+        f = bind(OPS[name], constants)
+        cotangents = [rng.standard_normal(o.shape) for o in output_like(f, inputs)]
+        _, gradients = vjp(f, inputs, cotangents)
+        leaves = [Tensor(x, requires_grad=True) if is_float(x) else x for x in inputs]
+        before = [rng.standard_normal(x.shape) for x in inputs]
+        there = [b.copy() for b in before]
+        for leaf, g in zip(leaves, there, strict=True):
+            if isinstance(leaf, Tensor):
+                leaf.grad = g
+        backward(tensors_of(f(*leaves)), cotangents)
+        for leaf, g, b, gradient in zip(leaves, there, before, gradients, strict=True):
+            if isinstance(leaf, Tensor):
+                assert leaf.grad is g
+                assert_close([g - b], [gradient], 1e-10)
+
+    check()
+
+
 @pytest.mark.parametrize("name", [n for n in OPS if op_examples.sections(OPS[n])["keeps"].startswith("Keeps nothing")])
 def test_an_op_that_keeps_nothing_keeps_no_array(name):
     rng = np.random.default_rng(0)

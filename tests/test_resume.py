@@ -20,7 +20,7 @@ import pytest
 
 from minillm.checkpoint import Checkpoints, NotFinite, locked
 from minillm.model import Config, build
-from minillm.trainers import common, dpo, ppo, pretrain, reward, run, sft
+from minillm.trainers import common, dpo, ppo, pretrain, recorded, reward, run, sft
 from tests.world import TOKENIZER, TRAINERS, config, left, make_world
 
 ROOT = Path(__file__).parents[1]
@@ -427,9 +427,9 @@ def test_a_model_that_is_not_finite_is_never_saved_over_a_good_one(world, tmp_pa
 
 
 def test_a_loss_that_is_not_finite_names_its_rows(world, tmp_path, monkeypatch):
-    original, count = pretrain.next_token_backward, iter(range(100))
+    original, count = recorded.next_token_backward, iter(range(100))
     spoilt = lambda *args: original(*args) if next(count) != 2 else float("nan")
-    monkeypatch.setattr(pretrain, "next_token_backward", spoilt)
+    monkeypatch.setattr(recorded, "next_token_backward", spoilt)
     with pytest.raises(
         NotFinite, match=r"^update 3 \((cats|dogs) [\d, ]+; (cats|dogs) [\d, ]+\): the gradient's norm is"
     ):
@@ -443,7 +443,7 @@ def test_too_little_memory_says_what_took_it_and_what_to_lower(world, tmp_path, 
     def too_much(*_):
         raise MemoryError("Unable to allocate 12.0 GiB")
 
-    monkeypatch.setattr(pretrain, "next_token_backward", too_much)
+    monkeypatch.setattr(recorded, "next_token_backward", too_much)
     with pytest.raises(MemoryError) as caught:
         pretrain.train(config(world, "pretrain", tmp_path / "out", micro_batch_size=2))
     parameters = common.load_with_head(world / "base", "lm").flat.size
