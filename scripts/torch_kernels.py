@@ -128,10 +128,11 @@ def swiglu_backward(torch, args, kwargs):
 
 
 def rope(torch, args, kwargs):
-    def formula(x, cos, sin):
-        a, b = x.float().chunk(2, -1)
-        cos, sin = cos[:, None], sin[:, None]
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    def formula(x, cos, sin, heads, way):
+        a, b = x[:, :, :heads].float().chunk(2, -1)
+        cos, sin = cos[:, None], way * sin[:, None]
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+        return torch.cat((turned, x[:, :, heads:]), 2)
 
     return compiled(torch, formula)
 

@@ -12,6 +12,7 @@ import math
 import runpy
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from minillm.generate import generate, next_probabilities
 from minillm.harness import score
 from minillm.kernels import attention, cuda, device
 from minillm.kernels.adamw import step_inplace
+from minillm.kernels.kernel import KERNELS
 from minillm.model import Config, build
 from minillm.optim import AdamW, clip_grad_norm, clip_scale, gpu_clip_scale
 from minillm.pipeline import SIZES, PipelineConfig, Stage, read_notes
@@ -789,6 +791,19 @@ def test_tiles_to_try_fit_in_their_registers():
         for one in some:
             instance = attention._instance(kernel, "bf16", one.D, one.tile)
             check_resources(one.source, cuda.compile_instances(one.source, [instance], cuda.HOPPER), cuda.HOPPER)
+
+
+@pytest.mark.parametrize("name", sorted(load_script("torch_kernels").MAKERS))
+def test_what_pytorch_is_timed_with_takes_the_kernels_arguments(name, monkeypatch):
+    """So much can be told without PyTorch; that it computes the same is in test_torch_kernels.py."""
+    script, kernel = load_script("torch_kernels"), next(k for k in KERNELS if k.name == name)
+    monkeypatch.setattr(script, "tensor", lambda x: mock.MagicMock())
+    args, kwargs = kernel.example(np.random.default_rng(0), "ragged", np.float16)
+    torch = mock.MagicMock(compile=lambda function: function)
+    found = script.MAKERS[name](torch, args, kwargs)
+    assert found
+    for function in found.values():
+        inspect.signature(function).bind(*args)
 
 
 @pytest.mark.parametrize("fault", [[], [("rms_norm.cu", "/ D + eps", "/ (D + 1) + eps")]])

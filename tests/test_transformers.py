@@ -52,12 +52,14 @@ def trained(request, tmp_path_factory):
     """(model, folder): a model that has nearly learnt one conversation by heart, and where it is saved."""
     model = build(Config(**SIZES | KINDS[request.param]), seed=3)
     optimizer, batch = AdamW(model.parameters, 1e-2), pad(*zip(render(TALK, "chatml", TOKENIZER), strict=False), 0)
-    for _ in range(60):
+    for _ in range(200):  # how many it takes depends on the processor's roundings
         loss = next_token_loss(model, batch, int(batch.mask.sum()))
+        if loss.item() < 0.9:
+            break
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss.item() < 1
+    assert loss.item() < 0.9
     folder = tmp_path_factory.mktemp("model")
     save_model(folder, model, TOKENIZER, "chatml")
     return model, folder
