@@ -14,12 +14,13 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from minillm import functional as F
 from minillm import hub, lora
-from minillm.autograd import Tensor, backward
+from minillm.autograd import Tensor, backward, no_grad
 from minillm.batching import Batcher, Row
 from minillm.generate import generate, next_probabilities
 from minillm.harness import score
@@ -728,6 +729,23 @@ def test_updates_on_the_cuda_kernels_are_those_of_the_references(kind, precision
         strict=True,
     ):
         assert np.linalg.norm(a - b) < limit * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("kind", ["qwen", "gpt2"])
+def test_a_model_of_sixteen_bits_is_read_by_the_cuda_kernels(kind, cupy, monkeypatch):
+    """As chat.py --precision bfloat16 has it: the weights, too, are of 16 bits."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    shape = Config(vocab_size=V, max_position_embeddings=64, **sizes, **KINDS[kind])
+    host = build(shape, 0, ml_dtypes.bfloat16)
+    tokens = np.random.default_rng(1).integers(0, V, (2, 9))
+    with no_grad():
+        expected = host(tokens).data.astype(np.float32)
+        monkeypatch.delenv("MINILLM_KERNELS")
+        with on_cpu(OnCpu()) as backend:
+            found = host.to("cuda")(tokens).data.get().astype(np.float32)
+    norm = "layer_norm.cu" if kind == "gpt2" else "rms_norm.cu"
+    assert (norm, "forward<bf16, bf16, 8, 32>") in backend.launched
+    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
 
 
 def load_script(name):
