@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import tyro
 
@@ -30,7 +30,7 @@ import scripts.command_line as command_line
 from minillm.chat import TEMPLATES, Segment, begin, encode_segments, noted_template, render, stop_ids
 from minillm.generate import generate
 from minillm.hub import stop_tokens
-from minillm.trainers.common import load_tokenizer, load_with_head, template_of
+from minillm.trainers.common import load_tokenizer, template_of
 
 HELP = """\
   /retry            another answer to the last question
@@ -88,7 +88,7 @@ SETTINGS = {field.name.replace("_", "-"): field.name for field in dataclasses.fi
 
 
 @dataclasses.dataclass(kw_only=True)
-class Options(Sampling):
+class Options(Sampling, command_line.Reading):
     """The conversation."""
 
     model: tyro.conf.Positional[Path | None] = None
@@ -99,10 +99,6 @@ class Options(Sampling):
     """a system message, before everything that is said"""
     template: str = ""
     """chatml, llama2, llama3, alpaca, or a Jinja file; none: the model folder's own"""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """cuda: the GPU, by CuPy"""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """of weights and activations; bfloat16 is for GPUs, and takes half the memory there"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -433,7 +429,7 @@ def run(options):
         stream.reconfigure(encoding="utf-8", errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
     tokenizer = load_tokenizer(options.model)
     template = template_of(options.model, options.template)
-    model = load_with_head(options.model, "lm", device=options.device, precision=options.precision)
+    model = options.load(options.model, "lm")
     if not options.template and never_taught(options.model, template):
         told(f"{options.model} was never taught to chat: it will continue the text rather than answer")
         template = None

@@ -33,7 +33,7 @@ import urllib.parse
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tyro
@@ -45,14 +45,14 @@ from minillm.chat import stop_ids
 from minillm.data.conversations import encode_prompts, read_preferences, read_prompts
 from minillm.data.readers import Bad, parse_row, read_rows
 from minillm.generate import generate
-from minillm.trainers.common import load_tokenizer, load_with_head, read_files, template_of
+from minillm.trainers.common import load_tokenizer, read_files, template_of
 
 ROUNDS = 5  # how often answers are drawn, until there are enough different ones
 LONGEST = 256  # tokens of an answer, where the model's context has room for two of them
 
 
 @dataclasses.dataclass(kw_only=True)
-class Options:
+class Options(command_line.Reading):
     """Sampling and ranking. What a person who collects preferences can choose."""
 
     model: tyro.conf.Positional[Path | None] = None
@@ -80,10 +80,6 @@ class Options:
     """prompts that are answered at once, while you read"""
     skip_bad: int = 0
     """how many malformed lines of the prompts may be skipped"""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """cuda: the GPU, by CuPy"""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """of weights and activations; bfloat16 is for GPUs, and takes half the memory there"""
 
     serve: bool = False
     """rank in a browser, on a page that only this machine can open"""
@@ -799,7 +795,7 @@ def prepare(options):
             raise ValueError(f"--out {options.out} is a file of prompts: take another")
     tokenizer, template = load_tokenizer(options.model), template_of(options.model, options.template)
     found = read_files(options.prompts, read_prompts, Bad(options.skip_bad))
-    model = load_with_head(options.model, "lm", device=options.device, precision=options.precision)
+    model = options.load(options.model, "lm")
     context = model.config.max_position_embeddings
     longest = options.max_new_tokens or min(LONGEST, context // 2)
     if longest + 1 >= context:

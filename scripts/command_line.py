@@ -22,6 +22,22 @@ import tyro
 CONFIG = (tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes)
 
 
+@dataclasses.dataclass(kw_only=True)
+class Reading:
+    """The model's place. What scripts can be told that only read a model."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: the GPU, by CuPy"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of weights and activations; bfloat16 is for GPUs, and takes half the memory there"""
+
+    def load(self, folder, head):
+        """The model of a folder, there and so precise (trainers.common.load_with_head)."""
+        from minillm.trainers.common import load_with_head  # here, because Numba takes a second to load
+
+        return load_with_head(folder, head, device=self.device, precision=self.precision)
+
+
 def parse(config, description, arguments=None):
     """An instance of the dataclass `config` from the command line. A mistake ends the program with one line, rc 2.
 

@@ -47,7 +47,6 @@ from minillm.trainers import reward
 from minillm.trainers.common import (
     by_length,
     load_tokenizer,
-    load_with_head,
     padding_of,
     read_files,
     same_tokenizer,
@@ -95,7 +94,7 @@ TOKENS_AT_ONCE = 4096  # in a part of a batch
 
 
 @dataclasses.dataclass(kw_only=True)
-class Options:
+class Options(command_line.Reading):
     """What to measure."""
 
     tensorboard = resume = False  # no options: what `claim` wants to know of a trainer
@@ -138,10 +137,6 @@ class Options:
     """how many malformed lines may be skipped"""
     seed: int = 0
     """the random numbers of sampling"""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """cuda: the GPU, by CuPy"""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """of weights and activations; bfloat16 is for GPUs, and takes half the memory there"""
 
     samples: int = 0
     """how many answers to show"""
@@ -238,7 +233,7 @@ def companion(options, name, head, model, tokenizer):
     if folder is None:
         return None
     same_tokenizer(folder, tokenizer, options.model)
-    found = load_with_head(folder, head, device=options.device, precision=options.precision)
+    found = options.load(folder, head)
     sizes = found.config.vocab_size, model.config.vocab_size
     if sizes[0] < sizes[1]:  # it would be asked about ids that it does not have
         raise ValueError(f"{folder} has {sizes[0]} tokens, and {options.model} has {sizes[1]}")

@@ -16,7 +16,6 @@ import shutil
 import sys
 import unicodedata
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import tyro
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 import scripts.command_line as command_line
 from minillm.chat import render, stop_ids
 from minillm.generate import next_probabilities
-from minillm.trainers.common import load_tokenizer, load_with_head, same_tokenizer, template_of
+from minillm.trainers.common import load_tokenizer, same_tokenizer, template_of
 from scripts.chat import never_taught, spelled
 
 EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
@@ -34,7 +33,7 @@ LABEL = 26  # columns that a token may take
 
 
 @dataclasses.dataclass(kw_only=True)
-class Options:
+class Options(command_line.Reading):
     """What to show."""
 
     model: tyro.conf.Positional[Path | None] = None
@@ -53,10 +52,6 @@ class Options:
     """how many tokens, one after another, each time going on with the likeliest"""
     compare: Path | None = None
     """another model folder with the same tokenizer, to show beside the first"""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """cuda: the GPU, by CuPy"""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """of weights and activations; bfloat16 is for GPUs, and takes half the memory there"""
 
     def __post_init__(self):
         if self.model is None:
@@ -190,8 +185,7 @@ def run(options):
     tokenizer = load_tokenizer(options.model)
     if options.compare:
         same_tokenizer(options.compare, tokenizer, options.model)
-    where = {"device": options.device, "precision": options.precision}
-    models = [load_with_head(folder, "lm", **where) for folder in folders]
+    models = [options.load(folder, "lm") for folder in folders]
     names = [folder.resolve().name for folder in folders]
     names = names if len(set(names)) == len(names) else list(map(str, folders))
     prompts, stops = zip(*(prompt_of(folder, tokenizer, options) for folder in folders), strict=True)

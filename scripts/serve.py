@@ -22,7 +22,6 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
@@ -33,14 +32,14 @@ from minillm.chat import TEMPLATES
 from minillm.extras import extra
 from minillm.generate import generate
 from minillm.hub import stop_tokens
-from minillm.trainers.common import load_tokenizer, load_with_head, template_of
+from minillm.trainers.common import load_tokenizer, template_of
 from scripts.chat import never_taught
 
 LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 @dataclasses.dataclass(kw_only=True)
-class Options:
+class Options(command_line.Reading):
     """The server. What it serves, to whom, and how much of it."""
 
     model: tyro.conf.Positional[Path | None] = None
@@ -57,10 +56,6 @@ class Options:
     """chatml, llama2, llama3, alpaca, or a Jinja file; none: the model folder's own"""
     seed: int = 0
     """of requests that bring none: the same ones in the same order get the same answers"""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """cuda: the GPU, by CuPy"""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """of weights and activations; bfloat16 is for GPUs, and takes half the memory there"""
     out: Path | None = None
     """a folder for metrics.jsonl, which gets a row for each request; none: nothing is written"""
 
@@ -154,7 +149,7 @@ def run(options):
     key = read_key(options.api_key)
     tokenizer = load_tokenizer(options.model)
     template = template_of(options.model, options.template)
-    model = load_with_head(options.model, "lm", device=options.device, precision=options.precision)
+    model = options.load(options.model, "lm")
     if not options.template and never_taught(options.model, template):
         template = None
     generate(model, [[tokenizer.eos_id]], max_new_tokens=2)  # the first call loads the kernels

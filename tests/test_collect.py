@@ -611,7 +611,7 @@ def sampler(world, temperature=1.0, answers=3, seed=0):
         temperature=temperature, answers=answers, seed=seed, max_new_tokens=6,
     )  # fmt: skip
     tokenizer = collect.load_tokenizer(options.model)
-    model = collect.load_with_head(options.model, "lm")
+    model = options.load(options.model, "lm")
     draw = collect.Sampler(model, tokenizer, {tokenizer.eos_id}, options, 6)
     return draw, [prompt(n)._replace(ids=tokenizer.encode(f"{n}?" * n)) for n in range(1, 7)]
 
