@@ -121,12 +121,6 @@ template <typename T, int Dp, int ROWS, int COLUMNS, int WARPS, Way WAY> struct 
                 cp_async_16(to + place(row + i, chunk), from, first + row + i < total && chunk * 8 < D);
     }
 
-    // What was loaded is here, for all threads, and all have read what they were to read before.
-    static __device__ __forceinline__ void arrive() {
-        cp_async_wait<0>();
-        __syncthreads();
-    }
-
     // 16 M rows of 8 N columns as mma leaves them: a thread has R of the rows and C of the columns.
     template <int N> struct Fragment {
         static constexpr int C = 2 * N;
@@ -243,12 +237,6 @@ struct Tiles<T, Dp, ROWS, COLUMNS, WARPS, WGMMA> : Tiles<T, Dp, ROWS, COLUMNS, W
         });
     }
 
-    static __device__ __forceinline__ void arrive() {
-        cp_async_wait<0>();
-        fence_proxy_async();
-        __syncthreads();
-    }
-
     // A tile of COUNT rows as an operand, and where in it the 16 columns from 16 d on are.
     template <int COUNT> static __device__ __forceinline__ u32 operand(const unsigned char* tile) {
         return wgmma_operand(shared_address(tile), COUNT * PANEL_ROW);
@@ -314,11 +302,6 @@ template <int Dp, int ROWS, int COLUMNS, int WARPS, Way WAY> struct Tiles<float,
                 to[row * STRIDE + d] = valid ? from[(first + row) * stride + d] : 0;
             }
         }
-    }
-
-    static __device__ __forceinline__ void arrive() {
-        cp_async_wait<0>();
-        __syncthreads();
     }
 
     template <int N> struct Fragment {
@@ -395,6 +378,14 @@ template <int Dp, int ROWS, int COLUMNS, int WARPS, Way WAY> struct Tiles<float,
 };
 
 // ------------------------------------------------------------------ what all three kernels do with scores
+
+// What was loaded is here, for all threads, and all have read what they were to read before. A team's products read
+// shared memory themselves, not through the threads that filled it.
+template <typename E> __device__ __forceinline__ void arrive() {
+    cp_async_wait<0>();
+    if constexpr (E::TEAM > 1) fence_proxy_async();
+    __syncthreads();
+}
 
 // What the rows see that this thread's warp, or its team of warps, multiplies together, of a tile that begins at `row`.
 template <typename E, typename Rows> __device__ __forceinline__ Sight sight_of_team(const Rows& seen, int row) {
@@ -481,7 +472,7 @@ forward(VIEW(q), VIEW(k), VIEW(v), const int* start, float scale2, T* o, float* 
     int j0 = block.some.first / BK * BK, stage = 0;
     E::template load<BQ>(qs, q + b * q_b + h * q_h, q_t, i0, Tq, D);
     fetch(j0, stage);
-    E::arrive();
+    arrive<E>();
 
     typename E::Own own_q(qs);
     typename E::Sums acc = {};
@@ -498,7 +489,7 @@ forward(VIEW(q), VIEW(k), VIEW(v), const int* start, float scale2, T* o, float* 
             online_softmax<E>(s, acc, top, total, scale2);
             E::accumulate(acc, s, vs + stage * BK * E::ROW, scratch);
         }
-        E::arrive();
+        arrive<E>();
     }
 
 #pragma unroll
@@ -566,7 +557,7 @@ backward_queries(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const
     E::template load<BQ>(qs, q + b * q_b + h * q_h, q_t, i0, Tq, D);
     E::template load<BQ>(dos, dout + b * dout_b + h * dout_h, dout_t, i0, Tq, D);
     fetch(j0, stage);
-    E::arrive();
+    arrive<E>();
 
     typename E::Own own_q(qs), own_do(dos);
     typename E::Sums dq_sum = {};
@@ -591,7 +582,7 @@ backward_queries(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const
                     ds(r, c) = exp2_fast(fmaf(scale2, p(r, c), -lse_i[r])) * (ds(r, c) - delta_i[r]);
             E::accumulate(dq_sum, ds, ks + stage * BK * E::ROW, scratch);
         }
-        E::arrive();
+        arrive<E>();
     }
 
 #pragma unroll
@@ -670,7 +661,7 @@ backward_keys(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const fl
     E::template load<BK>(vs, v + b * v_b + hk * v_h, v_t, j0, Tk, D);
     int h = hk * group, i0 = first, stage = 0;
     fetch(h, i0, stage);
-    E::arrive();
+    arrive<E>();
 
     typename E::Own own_k(ks), own_v(vs);
     typename E::Sums dk_sum = {}, dv_sum = {};
@@ -705,7 +696,7 @@ backward_keys(VIEW(dout), VIEW(q), VIEW(k), VIEW(v), const float* lse2, const fl
             float* to = dq + ((long long)b * Tq * H + h) * D;
             add_to_dq<E, T, Dp, BK, BQ, WARPS>(to, (long long)H * D, i0, Tq, D, scale, ds, scratch, ks);
         }
-        E::arrive();
+        arrive<E>();
         h = next_h, i0 = next_i0, stage ^= 1;
     }
 

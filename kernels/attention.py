@@ -30,6 +30,7 @@ Rungs
                 cuda_atomics is its backward in one pass, cuda_wgmma both with the instructions of Hopper alone
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -349,13 +350,11 @@ def _instance(kernel, ctype, Dp, tile):
     return f"{name}<{', '.join(map(str, numbers))}>"
 
 
-def source_of(*tables):
-    """The Source whose instances have the tiles of these tables."""
+def source_of_tiles():
+    """The Source whose instances have the tiles of the three tables."""
     instances = {f"rows_of_backward<{ctype}>": 40 for ctype in cuda.C_TYPES.values()} | {"ends": 40}
-    for ctype in cuda.C_TYPES.values():
-        for tiles in tables:
-            if (tiles is FLOAT_TILES) != (ctype == "float"):
-                continue
+    for tables, ctypes in (((FLOAT_TILES,), ("float",)), ((TILES, WGMMA_TILES), ("bf16", "fp16"))):
+        for ctype, tiles in itertools.product(ctypes, tables):
             for kernel, sizes in tiles.items():
                 for Dp, tile in sizes.items():
                     *_, warps, blocks, _ = tile
@@ -363,7 +362,7 @@ def source_of(*tables):
     return cuda.Source("attention.cu", instances, hopper=[i for i in instances if "WGMMA" in i])
 
 
-SOURCE = source_of(TILES, FLOAT_TILES, WGMMA_TILES)
+SOURCE = source_of_tiles()
 
 
 def _fits(q, scale):

@@ -11,18 +11,20 @@ KERNELS = []  # every Kernel made, so that tests and benchmarks need no list of 
 # take. Everything else is the reference's: on the host 16-bit floats, which Numba does not know; on a GPU float64, the
 # oracle.
 _PREFERENCE = {"cpu": ("numba",), "cuda": ("cuda", "numba_cuda")}
-_BY_NAME = {"cpu": (), "cuda": ("cuda_atomics", "cuda_wgmma")}
+BY_NAME = {"cpu": (), "cuda": ("cuda_atomics", "cuda_wgmma")}
 _DTYPES = {"cpu": ("float32", "float64"), "cuda": ("float32", "bfloat16", "float16")}
 
 
 @functools.cache
 def _fastest(device, dtype, wanted):
     """Names of versions for arrays of this dtype: the one that is wanted, if the device has such, and the fastest."""
-    if wanted and wanted not in (known := ["reference", *sum((*_PREFERENCE.values(), *_BY_NAME.values()), ())]):
+    versions = {device: (*_PREFERENCE[device], *BY_NAME[device]) for device in _PREFERENCE}
+    known = ["reference", *versions["cpu"], *versions["cuda"]]
+    if wanted and wanted not in known:
         raise ValueError(f"MINILLM_KERNELS is {wanted!r}, and kernels have the versions {', '.join(known)}")
     if wanted == "reference" or dtype.name not in _DTYPES[device]:
         return ()
-    first = [wanted] if wanted in (*_PREFERENCE[device], *_BY_NAME[device]) else []
+    first = (wanted,) if wanted in versions[device] else ()
     return *first, *_PREFERENCE[device]
 
 

@@ -65,8 +65,8 @@ def linear(x, weight, bias=None):
         return multiply(g.reshape(rows, N).T, flat, into, wide, add=into is not None)
 
     def dbias(g, *, into=None):  # as a product with ones: BLAS adds up columns in parallel, and to more digits
-        ones, target = xp_of(g).ones((1, rows), np.float32).astype(g.dtype), into if into is None else into[None]
-        sums = multiply(ones, g.reshape(rows, N), target, wide, add=into is not None)
+        ones = xp_of(g).ones((1, rows), np.float32).astype(g.dtype)
+        sums = multiply(ones, g.reshape(rows, N), None if into is None else into[None], wide, add=into is not None)
         return sums[0] if into is None else into
 
     return y.reshape(*lead, N), (dx, dweight, dbias)

@@ -39,11 +39,10 @@ import numpy as np
 
 from minillm.kernels import blas, cuda
 from minillm.kernels.device import check_device, gpu_name, synchronize, to_device, xp_of
-from minillm.kernels.kernel import KERNELS
+from minillm.kernels.kernel import BY_NAME, KERNELS
 from scripts.torch_kernels import counterparts, tensor
 
-ON_GPU = ("cuda", "cuda_atomics", "cuda_wgmma", "numba_cuda")
-SOME = ("cuda_atomics", "cuda_wgmma")  # that are not missing where a kernel has them not
+ON_GPU = ("cuda", *BY_NAME["cuda"], "numba_cuda")  # those by name are not missing where a kernel has them not
 VERSIONS = ["reference", "numba", *ON_GPU]
 DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 # ||result - exact|| / ||exact||: a few roundings of a result, whose inputs are the same numbers
@@ -258,7 +257,7 @@ def cpu_row(kernel, args, times):
 def gpu_rows(kernel, args, times, size, operations, bandwidth, rate):
     """A line for each version: time, rate, share of the ceiling, and how it compares with this project's."""
     ours = times.get("cuda")
-    own = [n for n in ON_GPU if n not in SOME or n in kernel.versions]
+    own = [n for n in ON_GPU if n not in BY_NAME["cuda"] or n in kernel.versions]
     for name in [*own, *(n for n in times if n not in VERSIONS), "reference"]:
         if name not in times:
             yield f"{kernel.name:<32}{name:<22}{'missing':>10}"

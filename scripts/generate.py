@@ -35,8 +35,12 @@ def parse(arguments):
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="how many continuations (1)")
     parser.add_argument("--no-cache", action="store_true", help="compute every token from all before it, to compare")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the GPU, by CuPy (cpu)")
-    precisions = {"choices": ("float32", "bfloat16"), "default": "float32"}
-    parser.add_argument("--precision", **precisions, help="of weights and activations; bfloat16 is for GPUs (float32)")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of weights and activations; bfloat16 is for GPUs (float32)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     options = parser.parse_args(arguments)
     for name, fits, must in (

@@ -696,7 +696,7 @@ FAULTS = {
             "return _PREFERENCE[device]",
             "version: the name that is wanted is lost",
         ),
-        ("(*_PREFERENCE[device], *_BY_NAME[device])", "_PREFERENCE[device]", "version: those taken by name are not"),
+        ("(*_PREFERENCE[device], *BY_NAME[device])", "_PREFERENCE[device]", "version: those taken by name are not"),
         (" or dtype.name not in _DTYPES[device]:", ":", "version: the oracle is a fast one"),
     ],
     "kernels/cuda.py": [

@@ -44,7 +44,7 @@ class Candidate:
     def __init__(self, kernel, D, tile):
         self.kernel, self.D, self.tile = kernel, D, tile
         with self.in_place():
-            self.source = attention.source_of(attention.TILES, attention.FLOAT_TILES, attention.WGMMA_TILES)
+            self.source = attention.source_of_tiles()
 
     @contextlib.contextmanager
     def in_place(self, source=None):

@@ -146,9 +146,9 @@ struct Fiber {
     void* result;
     std::vector<Copy> copies;  // asked for, and not there yet
     int group;                 // of the copies asked for now
-    std::vector<size_t> unseen;                     // chunks that its copies brought, and no fence has shown to wgmma
-    std::vector<Wgmma> products;                    // asked for, and not done yet
-    std::map<float*, std::vector<float>> in_flight; // the sums that these add to
+    std::vector<size_t> unseen;   // chunks that its copies brought, and no fence has shown to wgmma
+    std::vector<Wgmma> products;  // asked for, and not done yet
+    std::map<float*, std::vector<float>> in_flight;  // the sums that these add to
     int product_group;
     bool fenced;
     size_t asked;  // how many products so far

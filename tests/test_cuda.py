@@ -219,9 +219,11 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, "cuda", lambda: fake)
     monkeypatch.setattr(cuda, "cache_root", lambda: tmp_path)
     monkeypatch.setattr(cuda, "backend", cuda.Gpu())
-    cuda._function.cache_clear()
+    for kept in (cuda._function, cuda._architecture):
+        kept.cache_clear()
     yield fake
-    cuda._function.cache_clear()
+    for kept in (cuda._function, cuda._architecture):
+        kept.cache_clear()
 
 
 def test_a_kernel_is_compiled_once_and_then_read_from_the_disk(gpu, tmp_path, monkeypatch):
@@ -274,7 +276,9 @@ def test_what_hopper_has_is_compiled_for_hopper_and_refused_elsewhere(gpu, tmp_p
         source.launch(instance, 1, 32, ())
     cuda.compile_ahead([source])
     assert found == ["sm_90a"] * 4
-    cuda._architecture.cache_clear(), cuda._function.cache_clear(), found.clear()
+    for kept in (cuda._architecture, cuda._function):
+        kept.cache_clear()
+    found.clear()
     monkeypatch.setattr(FakeDevice, "capability", "100")
     source.launch("doubled<float>", 1, 32, ())
     with pytest.raises(
@@ -283,7 +287,6 @@ def test_what_hopper_has_is_compiled_for_hopper_and_refused_elsewhere(gpu, tmp_p
         source.launch("doubled<int>", 1, 32, ())
     cuda.compile_ahead([source])
     assert found == ["sm_100"] * 2
-    cuda._architecture.cache_clear()
 
 
 def test_how_much_shared_memory_there_is(gpu):

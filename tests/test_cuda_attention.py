@@ -385,26 +385,24 @@ class Faulty(Cpu):
         super().launch(source, instance, *rest)
 
 
-ARRIVE = """cp_async_wait<0>();
-        __syncthreads();
-    }
-
-    // 16 M rows"""
-FORWARD_END = """E::arrive();
+WAIT = "cp_async_wait<0>();"
+BARRIER = """fence_proxy_async();
+    __syncthreads();"""
+FORWARD_END = """arrive<E>();
     }
 
 #pragma unroll
     for (int r = 0; r < E::R; ++r) {
         const int i = i0 + E::row(r);
         const float l"""
-QUERIES_END = """E::arrive();
+QUERIES_END = """arrive<E>();
     }
 
 #pragma unroll
     for (int r = 0; r < E::R; ++r) {
         const int i = i0 + E::row(r);
         if (i < Tq) E::store(dq"""
-KEYS_END = """E::arrive();
+KEYS_END = """arrive<E>();
         h = next_h"""
 # of the tiles for four warps
 PRODUCTS = """wgmma_commit();
@@ -430,8 +428,8 @@ def without(text, part):
 FAULTS = {
     "a key more is seen": ("forward", "bf16", ("j >= columns.end", "j > columns.end")),
     "acc is not rescaled": ("forward", "bf16", ("acc(r, c) *= correction", "acc(r, c) *= 1")),
-    "no wait for a tile": ("forward", "bf16", without(ARRIVE, "cp_async_wait<0>();")),
-    "no barrier behind a tile": ("forward", "bf16", without(ARRIVE, "__syncthreads();")),
+    "no wait for a tile": ("forward", "bf16", without(WAIT, WAIT)),
+    "no barrier behind a tile": ("forward", "bf16", without(BARRIER, "__syncthreads();")),
     "the head of another group": ("forward", "bf16", (GROUP, GROUP.replace("h / (H / Hk)", "h % Hk"))),
     "another swizzle where it is read": ("forward", "bf16", ("address ^ chunks", "address + chunks")),
     "no zeros behind the last row": ("forward", "bf16", ("first + row + i < total && chunk", "chunk")),
@@ -440,7 +438,7 @@ FAULTS = {
         "bf16",
         ("    __syncthreads();\n    const int queries", "    const int queries"),
     ),
-    "a tile is not shown to wgmma": ("wgmma", "fp16", without("fence_proxy_async();", "fence_proxy_async();")),
+    "a tile is not shown to wgmma": ("wgmma", "fp16", without(BARRIER, "fence_proxy_async()")),
     "no wait for products": ("wgmma", "fp16", without(PRODUCTS, "wgmma_wait<0>(s.v);")),
     "p is multiplied before it is there": ("wgmma", "fp16", without(ADDED, "wgmma_fence(acc.v, a);")),
     "another swizzle than Hopper's": ("wgmma", "fp16", ("(chunk % 8 ^ row % 8)", "chunk % 8")),
@@ -476,10 +474,13 @@ MORE_FAULTS = {
     "a part of delta": ("rows_of_backward", "bf16", ("warp_sum<8>(total)", "warp_sum<4>(total)")),
     "delta is left out": ("backward_queries", "bf16", (" - delta_i[r])", ")")),
     "dq without the scale": ("backward_queries", "bf16", ("dq_sum, r, scale, D", "dq_sum, r, 1, D")),
-    "no wait for the next tile": ("forward", "bf16", without(FORWARD_END, "E::arrive();")),
-    "no wait in the queries' kernel": ("backward_queries", "bf16", without(QUERIES_END, "E::arrive();")),
+    "no wait for the next tile": ("forward", "bf16", without(FORWARD_END, "arrive<E>();")),
+    "no barrier in the queries' kernel": ("backward_queries", "bf16", without(BARRIER, "__syncthreads();")),
+    "no barrier in the keys' kernel": ("backward_keys", "bf16", without(BARRIER, "__syncthreads();")),
+    "no barrier for four warps": ("wgmma", "fp16", without(BARRIER, "__syncthreads();")),
+    "no wait in the queries' kernel": ("backward_queries", "bf16", without(QUERIES_END, "arrive<E>();")),
     "one head of the group": ("backward_keys", "bf16", ("++next_h, next_i0 = first", "next_h = Hk * group")),
-    "no wait in the keys' kernel": ("backward_keys", "bf16", without(KEYS_END, "E::arrive();")),
+    "no wait in the keys' kernel": ("backward_keys", "bf16", without(KEYS_END, "arrive<E>();")),
     "queries before the key": ("backward_keys", "bf16", ("max(j - shift, 0)", "max(j - shift - 1, 0)")),
     "a tile of queries is left out": (
         "backward_keys",
