@@ -736,8 +736,9 @@ def test_a_model_of_sixteen_bits_is_read_by_the_cuda_kernels(kind, cupy, monkeyp
     """As chat.py --precision bfloat16 has it: the weights, too, are of 16 bits."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
     shape = Config(vocab_size=V, max_position_embeddings=64, **sizes, **KINDS[kind])
-    host = build(shape, 0, ml_dtypes.bfloat16)
-    tokens = np.random.default_rng(1).integers(0, V, (2, 9))
+    host, rng = build(shape, 0, ml_dtypes.bfloat16), np.random.default_rng(1)
+    host.flat += (0.2 * rng.standard_normal(host.flat.size)).astype(host.flat.dtype)  # no norm's weights are all 1
+    tokens = rng.integers(0, V, (2, 9))
     with no_grad():
         expected = host(tokens).data.astype(np.float32)
         monkeypatch.delenv("MINILLM_KERNELS")
