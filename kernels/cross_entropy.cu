@@ -9,7 +9,8 @@
 //      one that is 60 percent of what the special-function units can do at 4.3 TB/s. Rescaled per element it would be
 //      85 percent, and in the way.
 //   3. 16-byte accesses, 4 of them on their way per thread, that leave the cache first; of a row of at most 1024 logits
-//      a warp's 32 lanes, without a barrier. `forward` 2 bytes per logit, `backward` 4.
+//      a warp's 32 lanes, without a barrier. `forward` 2 bytes per logit, `backward` 4. A row has to begin at a multiple
+//      of 16 bytes, and may end anywhere: those of GPT-2's 50,257 tokens lie `stride` = 50,264 bf16 numbers apart.
 //   4. `fused`: the row waits in shared memory between its statistics and its gradient, so 4 bytes for both. 227 KB are
 //      a row of 116,000 bf16 logits; of a longer row, the end is read again, from the L2 cache. 8192 rows of 50,304:
 //      1.65 GB, 0.38 ms at 4.3 TB/s; predicted 80 to 88 percent of that.
@@ -105,6 +106,18 @@ __device__ __forceinline__ void each_logit(int begin, int end, Load load, Use us
     }
 }
 
+// A row need not end with a whole pack. `whole` of its V logits are in packs; those behind, fewer than a warp has
+// threads, come last, one for each of the first threads. (The host tells `whole` where registers are short.)
+template <int THREADS> __device__ __forceinline__ int behind_packs(int whole) {
+    return whole + thread_of_row<THREADS>();
+}
+
+template <int N, int THREADS, typename T> __device__ __forceinline__ void clear_row(T* row, int V) {
+    const int whole = V - V % N;
+    for (int j = thread_of_row<THREADS>() * N; j < whole; j += THREADS * N) store_pack_streaming(row + j, Pack<T, N>{});
+    if (const int j = behind_packs<THREADS>(whole); j < V) row[j] = from_float<T>(0);
+}
+
 // A target beyond the row is an error that is told of later (device.py, check_ids); nothing may be read there.
 template <typename T> __device__ __forceinline__ float logit_of(const T* row, int target, int V) {
     return to_float(row[min(target, V - 1)]);
@@ -113,20 +126,21 @@ template <typename T> __device__ __forceinline__ float logit_of(const T* row, in
 // 1024 threads and more share a multiprocessor, so that one block reads while another computes: 64 registers for each.
 template <typename T, int N, int THREADS>
 __global__ void __launch_bounds__(BLOCK<THREADS>, 1024 / BLOCK<THREADS>)
-forward(const T* logits, const int* targets, int rows, int V, float scale, float* m, float* log_total, float* x_target,
-        float* x_sum, float* x_mean) {
+forward(const T* logits, const int* targets, int rows, int V, int whole, int stride, float scale, float* m,
+        float* log_total, float* x_target, float* x_sum, float* x_mean) {
     SHARED(float, partial, 4 * THREADS / 32);
     const long long i = row_of_thread<THREADS>();
     if (i >= rows) return;
     const int target = targets[i];
-    const T* row = logits + i * V;
+    const T* row = logits + i * stride;
     Statistics of_row;
     float at_target = 0;
     if (target >= 0) {
         at_target = logit_of(row, target, V);
         each_logit<N, THREADS, 4>(
-            0, V, [&](int j) { return load_pack_streaming<N>(row + j); },
+            0, whole, [&](int j) { return load_pack_streaming<N>(row + j); },
             [&](int, const Pack<T, N>& x) { of_row.add<true>(x, scale * LOG2E); });
+        if (const int j = behind_packs<THREADS>(whole); j < V) of_row.add<true>(load_pack<1>(row + j), scale * LOG2E);
         of_row.merge<THREADS, true>(scale * LOG2E, partial);
     }
     if (thread_of_row<THREADS>() == 0) {
@@ -143,20 +157,21 @@ forward(const T* logits, const int* targets, int rows, int V, float scale, float
 template <typename T, int N, int THREADS>
 __global__ void __launch_bounds__(BLOCK<THREADS>, 1024 / BLOCK<THREADS>)
 backward(const T* logits, const int* targets, const float* m, const float* log_total, const float* a, const float* b,
-         const float* c, const float* d, int rows, int V, float scale, T* out) {
+         const float* c, const float* d, int rows, int V, int whole, int stride, float scale, T* out) {
     const long long i = row_of_thread<THREADS>();
     if (i >= rows) return;
     const int target = targets[i];
-    const T* row = logits + i * V;
-    T* to = out + i * V;
+    const T* row = logits + i * stride;
+    T* to = out + i * stride;
     if (target < 0) {
-        for (int j = thread_of_row<THREADS>() * N; j < V; j += THREADS * N) store_pack_streaming(to + j, Pack<T, N>{});
+        clear_row<N, THREADS>(to, V);
         return;
     }
     const Gradient gradient(m[i], log_total[i], a[i], b[i], c[i], d[i], scale, target);
     each_logit<N, THREADS, 4>(
-        0, V, [&](int j) { return load_pack_streaming<N>(row + j); },
+        0, whole, [&](int j) { return load_pack_streaming<N>(row + j); },
         [&](int j, const Pack<T, N>& x) { store_pack_streaming(to + j, gradient.of(x, j)); });
+    if (const int j = behind_packs<THREADS>(whole); j < V) store_pack(to + j, gradient.of(load_pack<1>(row + j), j));
 }
 
 // Statistics and, in place of the logits, the gradient scale (p (a + z lse) + c [j = target] + d), lse = scale m +
@@ -165,28 +180,29 @@ backward(const T* logits, const int* targets, const float* m, const float* log_t
 template <typename T, int N, int THREADS>
 __global__ void __launch_bounds__(BLOCK<THREADS>, 1024 / BLOCK<THREADS>)
 fused(T* logits, const int* targets, const float* a, const float* z, const float* c, const float* d, int rows, int V,
-      int staged, float scale, float* m, float* log_total, float* x_target, float* x_sum) {
+      int whole, int stride, int staged, float scale, float* m, float* log_total, float* x_target, float* x_sum) {
     SHARED(float, partial, 4 * THREADS / 32);
     DYNAMIC_SHARED(memory, 128);
     const long long i = row_of_thread<THREADS>();
     if (i >= rows) return;
     const int target = targets[i];
     const bool first = thread_of_row<THREADS>() == 0;
-    T* row = logits + i * V;
+    T* row = logits + i * stride;
     T* stage = reinterpret_cast<T*>(memory) + row_of_block<THREADS>() * staged;
     if (target < 0) {
-        for (int j = thread_of_row<THREADS>() * N; j < V; j += THREADS * N) store_pack_streaming(row + j, Pack<T, N>{});
+        clear_row<N, THREADS>(row, V);
         if (first) m[i] = 0, log_total[i] = 0, x_target[i] = 0, x_sum[i] = 0;
         return;
     }
 
     Statistics of_row;
     each_logit<N, THREADS, 4>(
-        0, V, [&](int j) { return j < staged ? load_pack_streaming<N>(row + j) : load_pack<N>(row + j); },
+        0, whole, [&](int j) { return j < staged ? load_pack_streaming<N>(row + j) : load_pack<N>(row + j); },
         [&](int j, const Pack<T, N>& x) {
             if (j < staged) store_pack(stage + j, x);
             of_row.add<false>(x, scale * LOG2E);
         });
+    if (const int j = behind_packs<THREADS>(whole); j < V) of_row.add<false>(load_pack<1>(row + j), scale * LOG2E);
     const float at_target = logit_of(row, target, V);  // before a barrier, behind which the others write; merge has one
     if constexpr (THREADS == 32) __syncwarp();         // for a block
     of_row.merge<THREADS, false>(scale * LOG2E, partial);
@@ -201,5 +217,6 @@ fused(T* logits, const int* targets, const float* a, const float* z, const float
     // Two loops: of one that takes from either, each load would first ask which memory its address is in. Shared memory
     // is near: one load at a time, and the registers suffice.
     each_logit<N, THREADS, 1>(0, staged, [&](int j) { return load_pack<N>(stage + j); }, put);
-    each_logit<N, THREADS, 2>(staged, V, [&](int j) { return load_pack<N>(row + j); }, put);
+    each_logit<N, THREADS, 2>(staged, whole, [&](int j) { return load_pack<N>(row + j); }, put);
+    if (const int j = behind_packs<THREADS>(whole); j < V) store_pack(row + j, gradient.of(load_pack<1>(row + j), j));
 }

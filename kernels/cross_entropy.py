@@ -214,53 +214,57 @@ _SOURCE = cuda.Source(
 )
 
 
-def _launch(kernel, logits, arrays, *arguments, shared=0):
-    """A row per warp or block; `arrays` are those that 16-byte accesses must fit. `shared` is bytes per row."""
-    (N, V), n = logits.shape, 16 // logits.itemsize if cuda.wide(*arrays) else 1
+def _by_rows(logits):
+    """The logits if each row of them is contiguous, wherever it begins; else a copy."""
+    (_, V), (down, across), size = logits.shape, logits.strides, logits.itemsize
+    return logits if across == size and down >= V * size and down % size == 0 else cuda.contiguous(logits)
+
+
+def _launch(kernel, logits, out, before, after, shared=0):
+    """A row per warp or block, of logits and of `out`, which lie alike. `before` and `after` are the arguments on both
+    sides of the sizes; `shared` is bytes per row."""
+    (N, V), n = logits.shape, 16 // logits.itemsize if cuda.wide_rows(logits, out) else 1
     threads = 32 if V <= _WARP else _BLOCKS[kernel]
     rows_per_block = 4 if threads == 32 else 1
     block, blocks = rows_per_block * threads, -(-N // rows_per_block) if V else 0
     instance = f"{kernel}<{cuda.c_type(logits)}, {n}, {threads}>"
-    _SOURCE.launch(instance, blocks, block, arguments, shared=shared * rows_per_block)
+    sizes = (np.int32(size) for size in (N, V, V // n * n, logits.strides[0] // logits.itemsize))
+    _SOURCE.launch(instance, blocks, block, (logits, *before, *sizes, *after), shared=shared * rows_per_block)
 
 
-def _cuda_rows(*rows):
-    return (cuda.contiguous(x, np.float32) for x in rows)
+def _cuda_rows(targets, *rows):
+    return cuda.contiguous(targets, np.int32), *(cuda.contiguous(x, np.float32) for x in rows)
 
 
 def cuda_forward(logits, targets, scale):
-    logits, targets = cuda.contiguous(logits), cuda.contiguous(targets, np.int32)
-    results = tuple(empty(logits, targets.shape, np.float32) for _ in range(5))
-    size = np.int32(len(logits)), np.int32(logits.shape[1])
-    _launch("forward", logits, [logits], logits, targets, *size, np.float32(scale), *results)
+    logits, results = _by_rows(logits), tuple(empty(logits, targets.shape, np.float32) for _ in range(5))
+    _launch("forward", logits, logits, _cuda_rows(targets), (np.float32(scale), *results))
     return results
-
-
-def _cuda_backward(logits, targets, *rows, scale, out):
-    rows, size = _cuda_rows(*rows), (np.int32(len(logits)), np.int32(logits.shape[1]))
-    targets = cuda.contiguous(targets, np.int32)
-    _launch("backward", logits, [logits, out], logits, targets, *rows, *size, np.float32(scale), out)
-    return out
 
 
 def cuda_backward(logits, targets, m, log_total, a, b, c, d, scale):
     logits, out = cuda.contiguous(logits), empty(logits, logits.shape)
-    return _cuda_backward(logits, targets, m, log_total, a, b, c, d, scale=scale, out=out)
+    _launch("backward", logits, out, _cuda_rows(targets, m, log_total, a, b, c, d), (np.float32(scale), out))
+    return out
+
+
+def _check_rows_in_place(logits):
+    if _by_rows(logits) is not logits:
+        raise ValueError("in place, cross-entropy's gradient goes into logits whose rows are contiguous only")
 
 
 def cuda_backward_inplace(logits, targets, m, log_total, a, b, c, d, scale):
-    _check_in_place(logits)
-    return _cuda_backward(logits, targets, m, log_total, a, b, c, d, scale=scale, out=logits)
+    _check_rows_in_place(logits)
+    _launch("backward", logits, logits, _cuda_rows(targets, m, log_total, a, b, c, d), (np.float32(scale), logits))
+    return logits
 
 
 def cuda_fused_inplace(logits, targets, a, z, c, d, scale):
-    _check_in_place(logits)
+    _check_rows_in_place(logits)
     results = tuple(empty(logits, targets.shape, np.float32) for _ in range(4))
-    targets, rows = cuda.contiguous(targets, np.int32), _cuda_rows(a, z, c, d)
-    room = cuda.backend.shared_limit() // 16 * 16
-    staged = min(logits.shape[1], room // logits.itemsize)
-    arguments = logits, targets, *rows, np.int32(len(logits)), np.int32(logits.shape[1]), np.int32(staged)
-    _launch("fused", logits, [logits], *arguments, np.float32(scale), *results, shared=staged * logits.itemsize)
+    room = min(cuda.backend.shared_limit(), logits.shape[1] * logits.itemsize) // 16 * 16  # bytes that wait per row
+    after = np.int32(room // logits.itemsize), np.float32(scale), *results
+    _launch("fused", logits, logits, _cuda_rows(targets, a, z, c, d), after, shared=room)
     return logits, *results
 
 

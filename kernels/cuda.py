@@ -68,6 +68,11 @@ def wide(*arrays):
     return all(math.gcd(16, address(x), x.shape[-1] * x.itemsize, *x.strides[:-1]) == 16 for x in arrays)
 
 
+def wide_rows(*arrays):
+    """Whether 16-byte accesses fit the beginning of every row of these matrices, which may end anywhere."""
+    return all(math.gcd(16, address(x), x.strides[0]) == 16 for x in arrays)
+
+
 class Source:
     """A .cu file of this folder, and the instances of its kernels.
 

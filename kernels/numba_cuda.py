@@ -65,7 +65,7 @@ def _launch(kernel, blocks, threads, *arguments):
 
 def _rows(x):
     """x in the dtype that it is computed in, its last axis contiguous: q, k and v inside one fused projection need no
-    copy."""
+    copy, and rows of logits that lie apart none either."""
     x = upcast(x)
     return x if x.strides[-1] == x.itemsize and min(x.strides) >= 0 else contiguous(x)
 
@@ -419,7 +419,7 @@ _FLOOR = -1e30  # stands in for x = -inf in p x, where p is 0
 
 
 def cross_entropy_forward(logits, targets, scale):
-    logits = contiguous(upcast(logits))
+    logits = _rows(logits)
     results = tuple(empty(logits, targets.shape) for _ in range(5))
     if targets.size:
         scale, floor = logits.dtype.type(scale), logits.dtype.type(_FLOOR)
@@ -429,7 +429,7 @@ def cross_entropy_forward(logits, targets, scale):
 
 
 def _gradient(logits, targets, rows, scale, out):
-    """out = dlogits, both C-contiguous and of the dtype that is computed in."""
+    """out = dlogits, both of the dtype that is computed in."""
     if out.size:
         rows = (contiguous(x, out.dtype) for x in rows)
         arguments = logits, contiguous(targets), *rows, out.dtype.type(scale), out.dtype.type(_FLOOR), out
@@ -437,15 +437,13 @@ def _gradient(logits, targets, rows, scale, out):
 
 
 def cross_entropy_backward(logits, targets, m, log_total, a, b, c, d, scale):
-    wide = contiguous(upcast(logits))
+    wide = _rows(logits)
     out = empty(wide, wide.shape)
     _gradient(wide, targets, (m, log_total, a, b, c, d), scale, out)
     return out.astype(logits.dtype, copy=False)
 
 
 def cross_entropy_backward_inplace(logits, targets, m, log_total, a, b, c, d, scale):
-    if not logits.flags.c_contiguous:
-        raise ValueError("cross_entropy_backward_inplace writes into C-contiguous logits only")
     wide = upcast(logits)
     _gradient(wide, targets, (m, log_total, a, b, c, d), scale, wide)
     if wide is not logits:

@@ -21,7 +21,7 @@ from minillm.kernels import rms_norm as rms_norm_kernels
 from minillm.kernels import rope as rope_kernels
 from minillm.kernels import swiglu as swiglu_kernels
 from minillm.kernels.blas import multiply
-from minillm.kernels.device import beside, check_ids, device_of, empty, upcast, xp_of
+from minillm.kernels.device import beside, check_ids, device_of, empty, empty_rows, upcast, xp_of
 
 # ------------------------------------------------------------------ embedding and linear
 
@@ -467,6 +467,11 @@ def _spread(d, rows, shape):
     return whole.reshape(shape)
 
 
+def _logits(hidden, weight):
+    """hidden weight^T of a chunk of rows, to be turned into its gradient in place."""
+    return multiply(hidden, weight.T, empty_rows(hidden, len(hidden), len(weight)))
+
+
 class _HeadGradient:
     """dhidden and dweight of logits = hidden weight^T, added up over chunks of dlogits."""
 
@@ -514,7 +519,7 @@ def linear_cross_entropy(
     gradient = _HeadGradient(h, cast_weight, needs)
     total = xp.zeros((), w.dtype)
     for chunk in _row_chunks(h, V, rows_per_chunk):
-        logits = multiply(h[chunk], cast_weight.T)
+        logits = _logits(h[chunk], cast_weight)
         wc = w[chunk]
         if any(needs):
             rows_of_gradient = wc, 2 * z_loss * wc, (label_smoothing - 1) * wc, -label_smoothing / V * wc
@@ -552,7 +557,7 @@ def linear_token_logprobs(
     dtype = upcast(hidden[:0]).dtype
     m, log_total, logp, H = (xp.zeros(len(h), dtype) for _ in range(4))
     for chunk in chunks:
-        logits = multiply(h[chunk], cast_weight.T)
+        logits = _logits(h[chunk], cast_weight)
         found = cross_entropy_kernels.forward(logits, t[chunk], 1 / temperature)
         m[chunk], log_total[chunk], x_target, _, x_mean = found
         logp[chunk], H[chunk] = x_target - log_total[chunk], log_total[chunk] - x_mean
@@ -563,7 +568,7 @@ def linear_token_logprobs(
         coefficients = _logprob_coefficients(g, g_H, H, log_total)
         gradient = _HeadGradient(h, cast_weight, needs)
         for chunk in chunks:
-            logits = multiply(h[chunk], cast_weight.T)
+            logits = _logits(h[chunk], cast_weight)
             row_values = (m[chunk], log_total[chunk], *(x[chunk] for x in coefficients))
             args = (logits, t[chunk], *row_values, 1 / temperature)
             gradient.add(chunk, cross_entropy_kernels.backward_inplace(*args))

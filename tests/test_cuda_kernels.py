@@ -175,14 +175,18 @@ gelu_tanh, gelu_tanh_backward = gelu_of("tanh")
 gelu_exact, gelu_exact_backward = gelu_of("none")
 ADAMW = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 3, "scale": 0.5}
 
-# Sizes by how rows are read: 16 bytes at a time or element by element, by warps or by blocks.
+# Sizes by how rows are read: 16 bytes at a time or element by element, by warps or by blocks; "apart": 16 bytes at a
+# time, of rows that end anywhere.
 ROWS = {"wide": [(6, 64), (9, 1024), (1, 8)], "single": [(6, 67), (5, 1), (0, 7), (4, 1023)]}
 ROWS |= {"wide, blocks": [(6, 1032), (3, 8200), (2, 4096)], "single, blocks": [(6, 1025), (3, 5003)]}
-LONG = {"wide, long": [(6, 2056), (1, 8200)], "single, long": [(6, 1025), (1, 5003)]}  # as with 5 KB of shared memory
+APART = {"apart": [(6, 67), (1, 1), (9, 1023), (2, 5)], "apart, blocks": [(6, 1025), (3, 5003), (2, 8194)]}
+LONG = {"wide, long": [(6, 2056), (1, 8200)], "single, long": [(6, 1025), (1, 5003)]}  # as with 4 KB of shared memory
+LONG |= {"apart, long": [(6, 2051), (1, 8205)]}
 ELEMENTS = {"wide": [(5, 64), (3, 2, 176), (2, 9000), (0, 8), (33, 8)], "single": [(6, 67), (7, 1), (3, 0), (1, 5003)]}
 SIZES = {
-    **dict.fromkeys((cross_entropy_forward, cross_entropy_backward, cross_entropy_inplace), ROWS),
-    cross_entropy_fused: ROWS | LONG,
+    cross_entropy_backward: ROWS,
+    **dict.fromkeys((cross_entropy_forward, cross_entropy_inplace), ROWS | APART),
+    cross_entropy_fused: ROWS | APART | LONG,
     **dict.fromkeys((rms_norm_forward, rms_norm_backward, layer_norm_forward, layer_norm_backward), ROWS),
     **dict.fromkeys((swiglu_forward, swiglu_backward, silu_forward, silu_backward), ELEMENTS),
     **dict.fromkeys((gelu_tanh, gelu_tanh_backward, gelu_exact, gelu_exact_backward), ELEMENTS),
@@ -216,9 +220,26 @@ def wide(x):
     return x.astype(np.float64) if isinstance(x, np.ndarray) and x.dtype.kind != "i" else x
 
 
-def cuda_results(kernel, args, kwargs, backend=None):
+def cuda_results(kernel, args, kwargs, backend=None, apart=False):
+    """With `apart`, rows of the first argument begin 16 bytes apart, and nothing may be written between them."""
     with on_cpu(backend), np.errstate(all="ignore"):
-        return call(kernel, "cuda", args, kwargs)
+        if not apart:
+            return call(kernel, "cuda", args, kwargs)
+        memory, rows = rows_apart(args[0])
+        results = kernel.version("cuda")(rows, *args[1:], **kwargs)
+        results = results if isinstance(results, tuple) else (results,)
+        assert np.shares_memory(results[0], rows) == kernel.name.endswith("_inplace")
+        between = memory[:, rows.shape[1] :]
+        assert np.array_equal(between.view(np.uint8), np.full_like(between.view(np.uint8), 0xFF))
+        return results
+
+
+def rows_apart(x):
+    """(memory, x in it): each row begins at the first multiple of 16 bytes behind the one before (empty_rows)."""
+    n = 16 // x.itemsize
+    memory = np.full((len(x), -(-x.shape[1] // n) * 16), 0xFF, np.uint8).view(x.dtype)
+    memory[:, : x.shape[1]] = x
+    return memory, memory[:, : x.shape[1]]
 
 
 def check(kernel, args, kwargs, results):
@@ -247,13 +268,13 @@ def check(kernel, args, kwargs, results):
 
 def check_sizes(make, dtype, path, weights=np.float32, edits=None):
     """Every size against the definition, and the same bits from both orders of the threads."""
-    shared_limit = (4 if path.endswith("long") else 226) << 10
+    shared_limit, apart = (4 if path.endswith("long") else 226) << 10, path.startswith("apart")
     for seed, size in enumerate(SIZES[make][path]):
         kernel, args, *kwargs = make(Draw(TYPES[dtype], weights, seed), *size)
         kwargs = dict(*kwargs)
-        results = cuda_results(kernel, args, kwargs, Cpu("forward", edits, shared_limit=shared_limit))
+        results = cuda_results(kernel, args, kwargs, Cpu("forward", edits, shared_limit=shared_limit), apart)
         check(kernel, args, kwargs, results)
-        others = cuda_results(kernel, args, kwargs, Cpu("reversed", edits, shared_limit=shared_limit))
+        others = cuda_results(kernel, args, kwargs, Cpu("reversed", edits, shared_limit=shared_limit), apart)
         for r, other in zip(results, others, strict=True):
             assert np.array_equal(r.view(np.uint8), other.view(np.uint8)), "the order of the threads shows"
 
@@ -264,6 +285,7 @@ DEFAULT = {
     (cross_entropy_forward, "bfloat16", "wide, blocks"),
     (cross_entropy_inplace, "float32", "single"),
     (cross_entropy_fused, "bfloat16", "wide"),
+    (cross_entropy_fused, "bfloat16", "apart"),
     (cross_entropy_fused, "float32", "wide, long"),
     (rms_norm_forward, "bfloat16", "wide"),
     (rms_norm_backward, "bfloat16", "wide"),
@@ -326,9 +348,15 @@ FAULTS = {
     ],
     (cross_entropy_fused, "float32", "wide, long"): [
         ("cross_entropy.cu", "(0, staged, [&]", "(0, V, [&]"),
-        ("cross_entropy.cu", "(staged, V, [&]", "(staged + N, V, [&]"),
+        ("cross_entropy.cu", "(staged, whole, [&]", "(staged + N, whole, [&]"),
         ("cross_entropy.cu", "if (j < staged) store_pack", "if (j <= staged) store_pack"),
         ("cross_entropy.cu", "fmaf(z[i], lse, a[i])", "a[i]"),
+    ],
+    (cross_entropy_fused, "bfloat16", "apart"): [
+        ("cross_entropy.cu", "j < V) of_row.add<false>", "j + 1 < V) of_row.add<false>"),
+        ("cross_entropy.cu", "j < V) store_pack(row + j,", "j + 1 < V) store_pack(row + j,"),
+        ("cross_entropy.cu", "j < V) row[j] = from_float", "j <= V) row[j] = from_float"),
+        ("cross_entropy.cu", "T* row = logits + i * stride;\n    T* stage", "T* row = logits + i * V;\n    T* stage"),
     ],
     (rms_norm_forward, "bfloat16", "wide"): [("common.cuh", "kept[u] = j < D ?", "kept[u] = j <= D ?")],
     (rms_norm_backward, "bfloat16", "wide"): [

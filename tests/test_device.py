@@ -718,6 +718,8 @@ def test_updates_on_the_cuda_kernels_are_those_of_the_references(kind, precision
     launched = {source for source, _ in backend.launched}
     names = "rms_norm rope swiglu" if gpu.config.architecture == "llama" else "layer_norm gelu"
     assert launched == {f"{name}.cu" for name in f"embedding attention cross_entropy adamw {names}".split()}
+    heads = {instance for source, instance in backend.launched if source == "cross_entropy.cu"}
+    assert V % 8 and heads == {"fused<bf16, 8, 32>" if precision == "bfloat16" else "fused<float, 4, 32>"}  # 16 bytes
     of_an_update = ["squares<float, 4>", "add_parts", "advance<float>", "step<4>"]  # however many runs there are
     assert [instance for source, instance in backend.launched if source == "adamw.cu"] == of_an_update * 2
     rough = precision == "bfloat16"
