@@ -209,15 +209,6 @@ def empty(like, shape, dtype=None):
     return xp_of(like).empty(shape, dtype or like.dtype)
 
 
-def empty_rows(like, rows, columns):
-    """An uninitialised matrix beside `like`. On a GPU each row begins at a multiple of 16 bytes, whatever the number of
-    columns: only there are products (cuBLAS) and 16-byte accesses fast."""
-    if _on_host(like):
-        return empty(like, (rows, columns))
-    n = 16 // like.dtype.itemsize
-    return empty(like, (rows, -(-columns // n) * n))[:, :columns]
-
-
 def concatenate(arrays, axis):
     """As NumPy's. CuPy's own moves addresses from the host to the GPU, which a CUDA graph would not do again."""
     first = arrays[0]

@@ -107,9 +107,11 @@ class _Calls:
         stream.begin_capture()
         try:
             outputs = function(*self.inputs)
-        finally:  # a stream that is left recording could do nothing else any more
-            recorded = stream.end_capture()
-        self.recorded, self.outputs = recorded, outputs
+        except BaseException:  # a stream that is left recording could do nothing else any more
+            with contextlib.suppress(Exception):  # what went wrong first is what has to be told
+                stream.end_capture()
+            raise
+        self.recorded, self.outputs = stream.end_capture(), outputs
 
     def _packed(self, inputs):
         packed = np.zeros(self._size, np.uint8)

@@ -21,7 +21,7 @@ from minillm.kernels import rms_norm as rms_norm_kernels
 from minillm.kernels import rope as rope_kernels
 from minillm.kernels import swiglu as swiglu_kernels
 from minillm.kernels.blas import multiply
-from minillm.kernels.device import beside, check_ids, device_of, empty, empty_rows, upcast, xp_of
+from minillm.kernels.device import beside, check_ids, device_of, empty, upcast, xp_of
 
 # ------------------------------------------------------------------ embedding and linear
 
@@ -467,20 +467,32 @@ def _spread(d, rows, shape):
     return whole.reshape(shape)
 
 
-def _logits(hidden, weight):
-    """hidden weight^T of a chunk of rows, to be turned into its gradient in place."""
-    return multiply(hidden, weight.T, empty_rows(hidden, len(hidden), len(weight)))
+def _head_of(weight, dtype):
+    """The weight (V, D) in this dtype; on a GPU with rows of zeros behind it, up to a multiple of 8. Where V is none
+    (GPT-2's 50,257), rows of logits would begin anywhere, and neither the tensor cores (cuBLAS 13, section 2.1.11) nor
+    cross-entropy could take them 16 bytes at a time."""
+    V, D = weight.shape
+    rows = V if device_of(weight) == "cpu" else -(-V // 8) * 8
+    if rows == V:
+        return weight.astype(dtype, copy=False)
+    padded = empty(weight, (rows, D), dtype)
+    padded[:V], padded[V:] = weight, 0
+    return padded
 
 
 class _HeadGradient:
-    """dhidden and dweight of logits = hidden weight^T, added up over chunks of dlogits."""
+    """dhidden and dweight of logits = hidden weight^T, added up over chunks of dlogits, whose columns beyond the V of
+    the vocabulary (`_head_of`) may hold anything."""
 
-    def __init__(self, hidden, weight, needs):
+    def __init__(self, hidden, weight, V, needs):
+        self.V = V
         self.dhidden = empty(hidden, hidden.shape) if needs[0] else None
         self.dweight = xp_of(weight).zeros(weight.shape, upcast(weight[:0]).dtype) if needs[1] else None
         self.hidden, self.weight = hidden, weight
 
     def add(self, chunk, dlogits):
+        if dlogits.shape[1] > self.V:
+            dlogits[:, self.V :] = 0
         if self.dhidden is not None:
             multiply(dlogits, self.weight, self.dhidden[chunk])
         if self.dweight is not None:
@@ -515,23 +527,23 @@ def linear_cross_entropy(
     rows, h, t = _compressed(hidden, flat_targets)
     w = beside(_mean_weights(flat_targets, weights, upcast(hidden[:0]).dtype), h)
     w = w if rows is None else w[rows]
-    cast_weight = weight.astype(h.dtype, copy=False)
-    gradient = _HeadGradient(h, cast_weight, needs)
+    head = _head_of(weight, h.dtype)
+    gradient = _HeadGradient(h, head, V, needs)
     total = xp.zeros((), w.dtype)
     for chunk in _row_chunks(h, V, rows_per_chunk):
-        logits = _logits(h[chunk], cast_weight)
+        logits = multiply(h[chunk], head.T)
         wc = w[chunk]
         if any(needs):
             rows_of_gradient = wc, 2 * z_loss * wc, (label_smoothing - 1) * wc, -label_smoothing / V * wc
-            dlogits, *found = cross_entropy_kernels.fused_inplace(logits, t[chunk], *rows_of_gradient, 1.0)
-            gradient.add(chunk, dlogits)
+            _, *found = cross_entropy_kernels.fused_inplace(logits[:, :V], t[chunk], *rows_of_gradient, 1.0)
+            gradient.add(chunk, logits)
         else:
-            *found, _ = cross_entropy_kernels.forward(logits, t[chunk], 1.0)
+            *found, _ = cross_entropy_kernels.forward(logits[:, :V], t[chunk], 1.0)
         total = total + (_loss_rows(V, *found, label_smoothing, z_loss) * wc).sum()
     dhidden, dweight, shape = gradient.dhidden, gradient.dweight, hidden.shape
     return total, (
         lambda g: _spread(dhidden * g.astype(dhidden.dtype), rows, shape),
-        lambda g: dweight * g,
+        lambda g: dweight[:V] * g,
         None,
     )
 
@@ -552,13 +564,13 @@ def linear_token_logprobs(
     xp, V = xp_of(hidden), weight.shape[0]
     flat_targets = _checked_targets("linear_token_logprobs", hidden.shape[:-1], targets, V, ignore_index)
     rows, h, t = _compressed(hidden, flat_targets)
-    cast_weight = weight.astype(h.dtype, copy=False)
+    head = _head_of(weight, h.dtype)
     chunks = _row_chunks(h, V, rows_per_chunk)
     dtype = upcast(hidden[:0]).dtype
     m, log_total, logp, H = (xp.zeros(len(h), dtype) for _ in range(4))
     for chunk in chunks:
-        logits = _logits(h[chunk], cast_weight)
-        found = cross_entropy_kernels.forward(logits, t[chunk], 1 / temperature)
+        logits = multiply(h[chunk], head.T)
+        found = cross_entropy_kernels.forward(logits[:, :V], t[chunk], 1 / temperature)
         m[chunk], log_total[chunk], x_target, _, x_mean = found
         logp[chunk], H[chunk] = x_target - log_total[chunk], log_total[chunk] - x_mean
     shape, lead = hidden.shape, targets.shape
@@ -566,13 +578,14 @@ def linear_token_logprobs(
     def back(g, g_H=None):
         g, g_H = (None if x is None else x.reshape(-1) if rows is None else x.reshape(-1)[rows] for x in (g, g_H))
         coefficients = _logprob_coefficients(g, g_H, H, log_total)
-        gradient = _HeadGradient(h, cast_weight, needs)
+        gradient = _HeadGradient(h, head, V, needs)
         for chunk in chunks:
-            logits = _logits(h[chunk], cast_weight)
+            logits = multiply(h[chunk], head.T)
             row_values = (m[chunk], log_total[chunk], *(x[chunk] for x in coefficients))
-            args = (logits, t[chunk], *row_values, 1 / temperature)
-            gradient.add(chunk, cross_entropy_kernels.backward_inplace(*args))
-        return _spread(gradient.dhidden, rows, shape) if needs[0] else None, gradient.dweight, None
+            cross_entropy_kernels.backward_inplace(logits[:, :V], t[chunk], *row_values, 1 / temperature)
+            gradient.add(chunk, logits)
+        dweight = gradient.dweight[:V] if needs[1] else None
+        return _spread(gradient.dhidden, rows, shape) if needs[0] else None, dweight, None
 
     results = tuple(_spread(x[:, None], rows, (math.prod(lead), 1)).reshape(lead) for x in (logp, H))
     return results if entropy else results[0], back

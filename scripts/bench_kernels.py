@@ -50,7 +50,8 @@ TOLERANCE = {"float64": 1e-10, "float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-
 FLOAT32_ONLY = {"adamw_inplace"}  # the optimizer's state is float32 by contract
 MORE_SIZES = {"attention_forward": ["gpu, D = 128"], "attention_backward": ["gpu, D = 128"]}
 IN_CACHE = 256 << 20  # bytes that no GPU's cache holds
-CALLS = 8  # of a version between two events
+CALLS = 8  # of a version between two events,
+LONG = 0.05  # or 1, where they take so many seconds
 BUSY = 1 << 30  # bytes that are copied four times before: some 2 ms, longer than it takes to ask for the calls
 
 
@@ -164,7 +165,7 @@ def median_on_gpu(calls, rounds):
     """{name: median seconds} of {name: (function, several sets of arguments, kwargs)}, in turns, by CUDA events."""
     cp = xp_of(to_device(np.zeros(1), "cuda"))
     busy = cp.zeros((2, BUSY), np.uint8)
-    times = {name: [] for name in calls}
+    times, count = {name: [] for name in calls}, dict.fromkeys(calls, CALLS)
     for _ in range(rounds + 2):  # the first rounds compile, load and warm up
         for name, (function, sets, kwargs) in calls.items():
             turns = itertools.cycle(sets)
@@ -172,11 +173,14 @@ def median_on_gpu(calls, rounds):
             for _ in range(4):
                 cp.copyto(*busy)
             begin.record()
-            for _ in range(CALLS):
+            for _ in range(count[name]):
                 function(*next(turns), **kwargs)
             end.record()
             end.synchronize()
-            times[name].append(cp.cuda.get_elapsed_time(begin, end) / 1e3 / CALLS)
+            seconds = cp.cuda.get_elapsed_time(begin, end) / 1e3
+            times[name].append(seconds / count[name])
+            if seconds > LONG:
+                count[name] = 1
     return {name: statistics.median(seconds[2:]) for name, seconds in times.items()}
 
 

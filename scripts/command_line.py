@@ -17,10 +17,6 @@ import types
 from pathlib import Path
 from typing import Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-import tyro
-
-CONFIG = (tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes)
-
 
 @dataclasses.dataclass(kw_only=True)
 class Reading:
@@ -44,6 +40,8 @@ def parse(config, description, arguments=None):
     A field is an option, the string under it is its help. config's __post_init__ checks ranges and raises
     ValueError("--FIELD has to be ..., and is ..."). With --resume, what is not given is as in --out's settings.json.
     """
+    import tyro  # here, because the benchmarks need only Parser, and run where tyro is not
+
     program = Path(sys.argv[0]).name
     arguments = sys.argv[1:] if arguments is None else arguments
     options = {option.flag: option for option in options_of(config)}
@@ -66,7 +64,8 @@ def parse(config, description, arguments=None):
     columns, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "1000"  # tyro must not break the line
     try:
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
-            return tyro.cli(config, prog=program, args=arguments, default=before, config=CONFIG)
+            style = (tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes)
+            return tyro.cli(config, prog=program, args=arguments, default=before, config=style)
     except ValueError as error:
         fail(error)
     except SystemExit:

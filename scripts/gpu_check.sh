@@ -19,7 +19,7 @@ export PYTHONUNBUFFERED=1
 import sys
 try:
     import pytest
-    import minillm.model
+    from scripts import bench_kernels, bench_training, tune_attention
     from minillm.kernels.device import check_device
     check_device("cuda")
 except (ImportError, ValueError) as error:
@@ -92,6 +92,7 @@ print(f"{sum(len(source.instances) for source in sources)} instances of {len(sou
     bench 60 1M-graph "${small[@]}" --graph
     bench 60 10M "${medium[@]}"
     bench 60 10M-graph "${medium[@]}" --graph
+    bench 60 124M-50257 "${gpt2[@]}" --vocab 50257 --batch 32 --rounds 3  # GPT-2's own vocabulary, no multiple of 8
     part 60 tiles "$python" scripts/tune_attention.py --json "$out/tiles.json"
     kernels 100 float16 --rounds 3
     if [ ${#failed[@]} -gt 0 ]; then

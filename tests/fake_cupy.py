@@ -123,11 +123,11 @@ def _ours(x, what="an argument"):
 def _wrap(array, source=None):
     """A NumPy array as one of ours; a view of `source` where it shares its memory."""
     new = object.__new__(ndarray)
-    new._array, new.pool = np.asarray(array), _pools[-1]
+    new._array, new._pool = np.asarray(array), _pools[-1]
     shared = source is not None and np.may_share_memory(new._array, source._array)
     new.base = (source if source.base is None else source.base) if shared else None
-    if new.pool is not None and not shared:
-        new.pool.malloc(new.nbytes)
+    if new._pool is not None and not shared:
+        new._pool.malloc(new.nbytes)
     return new
 
 
@@ -187,14 +187,15 @@ class Flags:
 
 
 class ndarray:
-    """An array that behaves as CuPy's do. `_array` is the NumPy array behind it, for this file alone."""
+    """An array that behaves as CuPy's do. `_array` is the NumPy array behind it and `_pool` what it
+    was allocated from, for this file alone."""
 
-    __slots__ = ("__weakref__", "_array", "base", "pool")
+    __slots__ = ("__weakref__", "_array", "base", "_pool")
     __array_priority__ = 100
     __hash__ = None
 
     def __init__(self, shape, dtype=float):
-        self._array, self.base, self.pool = _new(shape, dtype), None, _pools[-1]
+        self._array, self.base, self._pool = _new(shape, dtype), None, _pools[-1]
 
     shape = property(lambda self: self._array.shape)
     dtype = property(lambda self: self._array.dtype)
@@ -742,7 +743,7 @@ class Graph:
             _poison(x._array)
         for x in arrays:
             owner = x if x.base is None else x.base
-            if owner.pool is not _pools[-1]:
+            if owner._pool is not _pools[-1]:
                 self.outside.append(weakref.ref(owner))
 
     def launch(self, stream=None):

@@ -146,6 +146,26 @@ def test_where_memory_is_full_other_recordings_are_made_again(where, cupy):
     assert told == again[where]
 
 
+def test_an_error_while_recording_is_told_and_not_what_it_did_to_the_recording(cupy, monkeypatch):
+    fails, end = [], fake_cupy.Stream.end_capture
+
+    def invalid(stream):
+        end(stream)
+        raise RuntimeError("the capture was invalidated")
+
+    def function(x):
+        if fails:
+            raise ValueError("what went wrong")
+        return (x + 1,)
+
+    graph = Graph(function)
+    graph(np.ones(3, np.float32))
+    fails.append(True)
+    monkeypatch.setattr(fake_cupy.Stream, "end_capture", invalid)
+    with pytest.raises(ValueError, match="what went wrong"):
+        graph(np.ones(3, np.float32))
+
+
 # ------------------------------------------------------------------ what the stand-in refuses
 
 
