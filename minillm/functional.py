@@ -470,7 +470,8 @@ def _spread(d, rows, shape):
 def _head_of(weight, dtype):
     """The weight (V, D) in this dtype; on a GPU with rows of zeros behind it, up to a multiple of 8. Where V is none
     (GPT-2's 50,257), rows of logits would begin anywhere, and neither the tensor cores (cuBLAS 13, section 2.1.11) nor
-    cross-entropy could take them 16 bytes at a time."""
+    cross-entropy could take them 16 bytes at a time. The logits behind V are 0; kernels get none of them, and so they
+    are the zeros that the gradient needs there."""
     V, D = weight.shape
     rows = V if device_of(weight) == "cpu" else -(-V // 8) * 8
     if rows == V:
@@ -481,18 +482,14 @@ def _head_of(weight, dtype):
 
 
 class _HeadGradient:
-    """dhidden and dweight of logits = hidden weight^T, added up over chunks of dlogits, whose columns beyond the V of
-    the vocabulary (`_head_of`) may hold anything."""
+    """dhidden and dweight of logits = hidden weight^T, added up over chunks of dlogits; weight is _head_of's."""
 
-    def __init__(self, hidden, weight, V, needs):
-        self.V = V
+    def __init__(self, hidden, weight, needs):
         self.dhidden = empty(hidden, hidden.shape) if needs[0] else None
         self.dweight = xp_of(weight).zeros(weight.shape, upcast(weight[:0]).dtype) if needs[1] else None
         self.hidden, self.weight = hidden, weight
 
     def add(self, chunk, dlogits):
-        if dlogits.shape[1] > self.V:
-            dlogits[:, self.V :] = 0
         if self.dhidden is not None:
             multiply(dlogits, self.weight, self.dhidden[chunk])
         if self.dweight is not None:
@@ -528,7 +525,7 @@ def linear_cross_entropy(
     w = beside(_mean_weights(flat_targets, weights, upcast(hidden[:0]).dtype), h)
     w = w if rows is None else w[rows]
     head = _head_of(weight, h.dtype)
-    gradient = _HeadGradient(h, head, V, needs)
+    gradient = _HeadGradient(h, head, needs)
     total = xp.zeros((), w.dtype)
     for chunk in _row_chunks(h, V, rows_per_chunk):
         logits = multiply(h[chunk], head.T)
@@ -578,7 +575,7 @@ def linear_token_logprobs(
     def back(g, g_H=None):
         g, g_H = (None if x is None else x.reshape(-1) if rows is None else x.reshape(-1)[rows] for x in (g, g_H))
         coefficients = _logprob_coefficients(g, g_H, H, log_total)
-        gradient = _HeadGradient(h, head, V, needs)
+        gradient = _HeadGradient(h, head, needs)
         for chunk in chunks:
             logits = multiply(h[chunk], head.T)
             row_values = (m[chunk], log_total[chunk], *(x[chunk] for x in coefficients))

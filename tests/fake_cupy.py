@@ -190,7 +190,7 @@ class ndarray:
     """An array that behaves as CuPy's do. `_array` is the NumPy array behind it and `_pool` what it
     was allocated from, for this file alone."""
 
-    __slots__ = ("__weakref__", "_array", "base", "_pool")
+    __slots__ = ("__weakref__", "_array", "_pool", "base")
     __array_priority__ = 100
     __hash__ = None
 
