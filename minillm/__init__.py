@@ -3,7 +3,8 @@ minillm: LLM training from scratch, with no deep-learning framework. A hand-writ
 and fused kernels in Numba and CUDA.
 
 Read it in the order in which it imports itself: `kernels` (arrays in, arrays out), `autograd` (the engine, which sees
-no formula), `functional` (the transformer's ops: each with its forward, its gradient and the derivation).
+no formula), `functional` (the transformer's ops: each with its forward, its gradient and the derivation), and then as
+the README's table "Where things are" has it.
 """
 
 import os

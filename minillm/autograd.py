@@ -56,7 +56,8 @@ def no_grad():
 class Node:
     """One recorded op: the nodes (or leaf Tensors) it came from, and the way back to them.
 
-    It holds no result and no Tensor of its parents' but leaves, so an activation that no way back names is freed.
+    It holds neither its own result nor its parents', only their nodes (and leaf Tensors): an activation that no way
+    back names is freed.
     """
 
     __slots__ = ("born", "op", "outputs", "parents", "way_back")
@@ -152,9 +153,9 @@ def backward(tensors, gradients):
             raise ValueError(f"the gradient has shape {gradient.shape}, the Tensor {tensor.shape}")
     if not any(tensor.requires_grad for tensor in tensors):
         raise RuntimeError("backward() from a Tensor that nothing with requires_grad=True led to")
-    # node -> {index of its result: (its gradient so far, whether that array was made here)}. Only a sum made here may
+    awaited = _ancestors(tensors)  # {node: how many gradients it still gets}
+    # {node: {index of its result: (its gradient so far, whether that array was made here)}}. Only a sum made here may
     # be added to in place: what a way back returned may be another node's gradient, or an array that an op keeps.
-    awaited = _ancestors(tensors)
     pending = {node: {} for node in awaited}
 
     def send(node, index, g):
@@ -199,11 +200,15 @@ def backward(tensors, gradients):
                 leaf = isinstance(parent, Tensor)
                 if leaf and dx is not None and dx is parent.grad:
                     continue  # it has been added
-                shape = parent.data.shape if leaf else parent.outputs[index][0]
-                if dx is None or dx.shape != shape:
-                    got = "no gradient" if dx is None else f"a gradient of shape {dx.shape}"
-                    raise RuntimeError(f"the way back of {op.__name__} gave input {i} of shape {shape} {got}")
-                send(parent, index, dx)
+                send(parent, index, _checked(dx, parent.data.shape if leaf else parent.outputs[index][0], op, i))
+
+
+def _checked(dx, shape, op, i):
+    """dx, the gradient of input i. RuntimeError: the op's way back gave none, or one of another shape."""
+    if dx is None or dx.shape != shape:
+        got = "no gradient" if dx is None else f"a gradient of shape {dx.shape}"
+        raise RuntimeError(f"the way back of {op.__name__} gave input {i} of shape {shape} {got}")
+    return dx
 
 
 def _run_back(way_back, g, parents, buffer_of):
@@ -271,7 +276,7 @@ def op(function):
 
 def _as_tensors(name, inputs):
     """Arrays become Tensors, Python numbers take the dtype of the first Tensor or array, None stays (no such input).
-    TypeError: anything else, because of a list nobody knows whether it is of ids or of numbers of that dtype."""
+    TypeError for anything else: nobody can tell whether a list holds ids or numbers of that dtype."""
     for i, x in enumerate(inputs):
         if x is not None and not hasattr(x, "dtype") and not isinstance(x, int | float):
             raise TypeError(f"{name}: input {i} is a {type(x).__name__}; give an array, as np.array(...)")
@@ -457,7 +462,9 @@ def affine(x, *, scale=1.0, shift=0.0):
     Example: affine(randn(A, B), scale=-1.5, shift=0.25)
     """
     y = x if scale == 1 else scale * x
-    return y + shift if shift != 0 or y is x else y, (lambda g: g if scale == 1 else scale * g,)
+    if shift != 0 or y is x:  # a result is an array of its own, never x
+        y = y + shift
+    return y, (lambda g: g if scale == 1 else scale * g,)
 
 
 @op
@@ -629,8 +636,8 @@ def cast(x, *, dtype):
 # ------------------------------------------------------------------ reductions
 
 
-def _keep_axes(axis, ndim):
-    """g of a reduction as if it had been made with keepdims."""
+def _reduced_axes(axis, ndim):
+    """The axes of a reduction as a tuple of numbers >= 0: all of them if None."""
     axes = tuple(range(ndim)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
     return tuple(a % ndim for a in axes)
 
@@ -639,7 +646,7 @@ def _expand(g, shape, axis, keepdims):
     """g as an array that broadcasts to `shape`: the reduced axes come back with size 1."""
     if keepdims or not shape:
         return g
-    axes = _keep_axes(axis, len(shape))
+    axes = _reduced_axes(axis, len(shape))
     return g.reshape(tuple(1 if i in axes else n for i, n in enumerate(shape)))
 
 
@@ -688,7 +695,7 @@ def max(x, *, axis=None, keepdims=False):
     y = x.max(axis, keepdims=True)
     chosen = x == y
     if not keepdims:
-        y = y.reshape(x.max(axis).shape)
+        y = y.squeeze(axis)
 
     def back(g):
         g = upcast(g)  # 16 bits can not count the elements that tie
@@ -773,12 +780,13 @@ def getitem(x, *, index):
     """
     shape, parts = x.shape, index if isinstance(index, tuple) else (index,)
     index = tuple(beside(i, x) if isinstance(i, np.ndarray) else i for i in parts)
-    repeats = any(isinstance(i, list) or getattr(i, "dtype", np.dtype(bool)) != np.dtype(bool) for i in parts)
+    # Slices, whole numbers and masks pick nothing twice; lists and arrays of ids may.
+    may_repeat = any(isinstance(i, list) or getattr(i, "dtype", np.dtype(bool)) != np.dtype(bool) for i in parts)
 
     def back(g):
         xp, g = xp_of(g), upcast(g)  # CuPy adds no bfloat16 here
         dx = xp.zeros(shape, g.dtype)
-        if repeats:
+        if may_repeat:
             xp.add.at(dx, index, g)  # `dx[index] += g` would keep only the last of several picks
         else:
             dx[index] = g

@@ -211,7 +211,7 @@ def dropout(x, *, p, seed):
 
 # ------------------------------------------------------------------ attention
 
-_SCALINGS = {
+ROPE_SCALINGS = {  # {rope type: the numbers it needs}
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -230,15 +230,15 @@ def _checked_scaling(scaling):
         raise ValueError(f"rope scaling must be a dict or None, not {scaling!r}")
     scaling = scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in tuple(_SCALINGS):
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
         raise ValueError(f"rope type {kind!r} is not supported; there are 'default', 'linear' and 'llama3'")
-    for name in _SCALINGS[kind]:
+    for name in ROPE_SCALINGS[kind]:
         if name not in scaling:
             raise ValueError(f"rope type {kind!r} needs {name!r}")
         if not is_positive(scaling[name]):
             raise ValueError(f"rope type {kind!r}: {name} = {scaling[name]!r} must be a positive number")
     if kind == "llama3":
-        low, high, before = (scaling[name] for name in _SCALINGS[kind][1:])
+        low, high, before = (scaling[name] for name in ROPE_SCALINGS[kind][1:])
         if low >= high:
             raise ValueError(f"rope type 'llama3': low_freq_factor {low} must be below high_freq_factor {high}")
         if before < 1:

@@ -101,7 +101,7 @@ def draw(logits, streams, **filters):
     xp, numbers = xp_of(logits), np.array([stream.random() for stream in streams])
     if filters.get("temperature") == 0:
         picks = logits.argmax(-1)
-        logprobs = 0 * logits.max(-1)
+        logprobs = 0 * logits.max(-1)  # NaN where the logits are not finite, which is told below
     else:
         p = _softmax(filter_logits(logits, **filters))
         cumulative = xp.cumsum(p, -1)

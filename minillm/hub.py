@@ -24,6 +24,7 @@ import numpy as np
 from .chat import TEMPLATES, jinja_source, stop_ids
 from .checkpoint import save_arrays
 from .files import DTYPES, read_header, read_object
+from .functional import ROPE_SCALINGS
 from .kernels.device import to_host
 from .model import ARCHITECTURES, Config, build, check_shapes
 
@@ -35,11 +36,6 @@ LLAMA_LIKE = {
 }
 CLASSIFIER = "ForSequenceClassification"  # how a scalar head is called there; one label makes it a reward model
 POOLING = "score_pooling"  # a key of ours: classifiers there read the last token
-ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
 LONGEST_CONTEXT = 1 << 22  # a table of angles has a row for each position: more are a typing error
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -186,11 +182,12 @@ def _rope(keys):
     if any(isinstance(value, dict) for value in given.values.values()):
         raise ValueError(f"{keys.where}: {key} has an entry for each kind of layer, which is not supported")
     kind, other = (_rope_type(part) for part in (given.values, keys.get("rope_scaling", _is_object) or given.values))
-    if not isinstance(kind, str) or kind not in ROPE_KEYS:
-        raise ValueError(f"{keys.where}: {key}: rope type {kind!r} is not supported; there are {', '.join(ROPE_KEYS)}")
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
+        there_are = ", ".join(ROPE_SCALINGS)
+        raise ValueError(f"{keys.where}: {key}: rope type {kind!r} is not supported; there are {there_are}")
     if kind != other:
         raise ValueError(f"{keys.where}: rope_parameters is of type {kind!r}, and rope_scaling of type {other!r}")
-    scaling = {"rope_type": kind} | {name: given.need(name, _is_positive) for name in ROPE_KEYS[kind]}
+    scaling = {"rope_type": kind} | {name: given.need(name, _is_positive) for name in ROPE_SCALINGS[kind]}
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         given.refuse("high_freq_factor", "and has to be above low_freq_factor")
     theta = given.get("rope_theta", _is_positive, keys.get("rope_theta", _is_positive, 10000.0))

@@ -73,7 +73,7 @@ class Config:
         fill("head_dim", self.hidden_size // self.num_attention_heads)
         if self.architecture == "gpt2":
             fill("intermediate_size", 4 * self.hidden_size)
-        fill("intermediate_size", -(-8 * self.hidden_size // 96) * 32)
+        fill("intermediate_size", -(-8 * self.hidden_size // 96) * 32)  # 8/3 of it, to a multiple of 32 (Touvron 2023)
         choices = {"architecture": ("llama", "gpt2"), "head": ("lm", "scalar"), "pooling": ("last", "mean")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -132,7 +132,7 @@ class Cache:
         """Append (B, T, Hk, D) keys and values of one layer; returns all of that layer's so far."""
         end = self.length + k.shape[1]
         if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens, and {end} are needed")
+            raise ValueError(f"the cache holds {self.capacity} tokens, and {end} are needed: new_cache(rows, {end})")
         self.keys[layer, :, self.length : end], self.values[layer, :, self.length : end] = k, v
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
@@ -510,15 +510,18 @@ class GPT2(Model):
         c, d = config, config.hidden_size
         shapes = {"transformer.wte.weight": (c.vocab_size, d)}
         shapes |= {"transformer.wpe.weight": (c.max_position_embeddings, d)}
+
+        def norm(name):
+            return {f"{name}.weight": (d,), f"{name}.bias": (d,)}
+
+        def dense(name, rows, columns):
+            return {f"{name}.weight": (rows, columns), f"{name}.bias": (columns,)}
+
         for i in range(c.num_hidden_layers):
-            h = f"transformer.h.{i}."
-            for norm, part, width in (("ln_1", "attn.c_attn", 3 * d), ("ln_2", "mlp.c_fc", c.intermediate_size)):
-                back = "attn.c_proj" if norm == "ln_1" else "mlp.c_proj"
-                wide = d if norm == "ln_1" else c.intermediate_size
-                shapes |= {f"{h}{norm}.weight": (d,), f"{h}{norm}.bias": (d,)}
-                shapes |= {f"{h}{part}.weight": (d, width), f"{h}{part}.bias": (width,)}
-                shapes |= {f"{h}{back}.weight": (wide, d), f"{h}{back}.bias": (d,)}
-        return shapes | {"transformer.ln_f.weight": (d,), "transformer.ln_f.bias": (d,)} | _head_shapes(c)
+            h, wide = f"transformer.h.{i}.", c.intermediate_size
+            shapes |= norm(h + "ln_1") | dense(h + "attn.c_attn", d, 3 * d) | dense(h + "attn.c_proj", d, d)
+            shapes |= norm(h + "ln_2") | dense(h + "mlp.c_fc", d, wide) | dense(h + "mlp.c_proj", wide, d)
+        return shapes | norm("transformer.ln_f") | _head_shapes(c)
 
     @staticmethod
     def projections(config):

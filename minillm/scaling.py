@@ -55,9 +55,9 @@ def memory_bytes(config, rows, context, *, itemsize=4, vocab_chunk_bytes=16 << 2
     """Bytes of training with AdamW, by kind: {"weights", "gradients", "optimizer", "activations", "total"}.
 
     rows x context tokens a step. "activations" is what the graph keeps until the way back (see autograd.saved_report),
-    with float32 weights, gradients and moments, activations of `itemsize` bytes, and a fused head whose logits never
-    exist in whole but whose gradients do. With activation checkpointing it is the peak on the way back: each block's
-    input, and what one block keeps while it is run again.
+    with float32 weights, gradients and moments, activations of `itemsize` bytes, and a fused head that never has all
+    logits at once, and keeps the gradients dhidden and dweight. With activation checkpointing it is the peak on the way
+    back: each block's input, and what one block keeps while it is run again.
     """
     c, tokens = config, rows * context
     total = parameter_count(config)["total"]

@@ -52,7 +52,7 @@ ARROWS = {
     "model": ENGINE,
     "scaling": ["model"],
     "checkpoint": ["kernels.device"],
-    "hub": ["kernels.device", "files", "chat", "model", "checkpoint"],
+    "hub": ["kernels.device", "functional", "files", "chat", "model", "checkpoint"],
     "lora": [*ENGINE, "kernels.blas", "files", "model", "checkpoint", "hub"],
     "losses": ENGINE,
     "data": [*ENGINE, "checkpoint", "extras", "files", "optim", "tokenizer", "chat", "data"],

@@ -108,8 +108,8 @@ class Settings(NamedTuple):
 def _buckets(found, settings):
     """The bucket of every n-gram of a list of words: arrays int64, one for each n, in the order of the text.
 
-    A word's hash is its CRC-32, an n-gram's a polynomial in its words' mixed as in SplitMix64 (Steele et al. 2014): a
-    function of the text alone, in any process and on any machine.
+    A word's hash is its CRC-32, an n-gram's a polynomial in its words', its bits mixed with SplitMix64's multipliers
+    (Steele et al. 2014; not its exact steps): a function of the text alone, in any process and on any machine.
     """
     h = np.array([zlib.crc32(w.encode("utf-8", "surrogatepass")) for w in found], np.uint64)
     g, out = h, []

@@ -303,29 +303,7 @@ def curly_brackets(page, at_most=0):
 
 # ------------------------------------------------------------------ FineWeb
 
-_TERMINAL = (
-    ".",
-    "!",
-    "?",
-    '"',
-    "'",
-    "”",
-    "’",
-    "»",
-    "…",
-    "。",
-    "！",
-    "？",
-    "」",
-    "』",
-    "।",
-    "॥",
-    "؟",
-    "۔",
-    "።",
-    "။",
-    "។",
-)
+_TERMINAL = tuple(".!?\"'”’»…。！？」』।॥؟۔\u1362\u104b\u17d4")  # at the end: Ethiopic, Myanmar and Khmer full stops
 
 
 def terminal_lines(page, at_least=0.12, ends=_TERMINAL):
