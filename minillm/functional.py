@@ -430,6 +430,9 @@ def _logprob_coefficients(g, g_H, H, log_total):
     return (-g, zero, g, zero) if g_H is None else (-g - g_H * (H - log_total), -g_H, g, zero)
 
 
+ROWS = 256  # on a GPU, the number of rows of logits is a multiple of this, or all
+
+
 def _row_chunks(hidden, V, rows_per_chunk):
     """Slices of rows whose logits fill about 16 MB, a processor's cache, at least 128 rows; on a GPU, which needs more
     rows to be busy, at most 1 GB or 4096 rows, and equally many in each: dweight is read and written for every slice.
@@ -440,9 +443,6 @@ def _row_chunks(hidden, V, rows_per_chunk):
     if not on_host and not rows_per_chunk and size < N:
         size = min(size, -(-N // (-(-N // size) * ROWS)) * ROWS)
     return [slice(i, min(i + size, N)) for i in range(0, N, size)]
-
-
-ROWS = 256  # on a GPU, the number of rows of logits is a multiple of this, or all
 
 
 def _compressed(hidden, targets):
@@ -458,13 +458,13 @@ def _compressed(hidden, targets):
     return at, flat[at], beside(targets[rows], flat)
 
 
-def _spread(d, rows, shape):
-    """Undo `_compressed` for a gradient: zeros where a row was ignored."""
-    if rows is None:
-        return d.reshape(shape)
-    whole = xp_of(d).zeros((math.prod(shape[:-1]), shape[-1]), d.dtype)
-    whole[rows] = d
-    return whole.reshape(shape)
+def _spread(x, rows, lead):
+    """Undo `_compressed`, for what has a row (or a number) for each of the used ones: (*lead, ...), 0 where a row was
+    ignored."""
+    if rows is not None:
+        used, x = x, xp_of(x).zeros((math.prod(lead), *x.shape[1:]), x.dtype)
+        x[rows] = used
+    return x.reshape(*lead, *x.shape[1:])
 
 
 def _head_of(weight, dtype):
@@ -537,9 +537,9 @@ def linear_cross_entropy(
         else:
             *found, _ = cross_entropy_kernels.forward(logits[:, :V], t[chunk], 1.0)
         total = total + (_loss_rows(V, *found, label_smoothing, z_loss) * wc).sum()
-    dhidden, dweight, shape = gradient.dhidden, gradient.dweight, hidden.shape
+    dhidden, dweight, lead = gradient.dhidden, gradient.dweight, targets.shape
     return total, (
-        lambda g: _spread(dhidden * g.astype(dhidden.dtype), rows, shape),
+        lambda g: _spread(dhidden * g.astype(dhidden.dtype), rows, lead),
         lambda g: dweight[:V] * g,
         None,
     )
@@ -570,7 +570,7 @@ def linear_token_logprobs(
         found = cross_entropy_kernels.forward(logits[:, :V], t[chunk], 1 / temperature)
         m[chunk], log_total[chunk], x_target, _, x_mean = found
         logp[chunk], H[chunk] = x_target - log_total[chunk], log_total[chunk] - x_mean
-    shape, lead = hidden.shape, targets.shape
+    lead = targets.shape
 
     def back(g, g_H=None):
         g, g_H = (None if x is None else x.reshape(-1) if rows is None else x.reshape(-1)[rows] for x in (g, g_H))
@@ -582,7 +582,7 @@ def linear_token_logprobs(
             cross_entropy_kernels.backward_inplace(logits[:, :V], t[chunk], *row_values, 1 / temperature)
             gradient.add(chunk, logits)
         dweight = gradient.dweight[:V] if needs[1] else None
-        return _spread(gradient.dhidden, rows, shape) if needs[0] else None, dweight, None
+        return _spread(gradient.dhidden, rows, lead) if needs[0] else None, dweight, None
 
-    results = tuple(_spread(x[:, None], rows, (math.prod(lead), 1)).reshape(lead) for x in (logp, H))
+    results = tuple(_spread(x, rows, lead) for x in (logp, H))
     return results if entropy else results[0], back
