@@ -38,7 +38,7 @@ import numpy as np
 from . import cuda
 from .device import empty, to_host, upcast, xp_of
 from .jit import LANES, ROWS, contiguous, exp, jit, matmul_add, prange, prange_jit, row_max, strided
-from .kernel import Kernel
+from .kernel import Kernel, numba_cuda
 
 TILE = 64  # queries and keys per tile: two 64 x 64 float32 tiles and their operands fit in 64 KB
 
@@ -286,15 +286,6 @@ def numba_backward(do, q, k, v, o, lse, start, scale):
     return dq, dk, dv
 
 
-# ------------------------------------------------------------------ numba.cuda
-
-
-def _numba_cuda():
-    from . import numba_cuda  # at the first call, because numba.cuda takes a second to load
-
-    return numba_cuda
-
-
 # ------------------------------------------------------------------ cuda
 
 # {kernel: {head size: (rows of the tile a block owns, rows of those it streams, warps, blocks at once, way)}}; a way is
@@ -497,7 +488,7 @@ forward = Kernel(
         "numba": numba_forward,
         "cuda": cuda_forward,
         "cuda_wgmma": lambda *arguments: cuda_forward(*arguments, wgmma=True),
-        "numba_cuda": lambda *arguments: _numba_cuda().attention_forward(*arguments),
+        "numba_cuda": numba_cuda("attention_forward"),
     },
     example=lambda rng, size: (_example(rng, size), {}),
     operations=lambda q, k, v, start, scale: _operations(q, k, start),
@@ -510,7 +501,7 @@ backward = Kernel(
         "cuda": cuda_backward,
         "cuda_atomics": lambda *arguments: cuda_backward(*arguments, deterministic=False),
         "cuda_wgmma": lambda *arguments: cuda_backward(*arguments, wgmma=True),
-        "numba_cuda": lambda *arguments: _numba_cuda().attention_backward(*arguments),
+        "numba_cuda": numba_cuda("attention_backward"),
     },
     example=_backward_example,
     saved=_saved,

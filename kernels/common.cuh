@@ -109,7 +109,7 @@ template <int THREADS> constexpr int BLOCK = THREADS == 32 ? 128 : THREADS;
 template <int THREADS> __device__ __forceinline__ int thread_of_row() { return threadIdx.x % THREADS; }
 template <int THREADS> __device__ __forceinline__ int row_of_block() { return threadIdx.x / THREADS; }
 
-// The row of this thread, which the last block may have none for. 64 bits: rows times columns may be beyond 2^31.
+// The row of this thread; threads of the last block may have none. 64 bits: rows times columns may be beyond 2^31.
 template <int THREADS> __device__ __forceinline__ long long row_of_thread() {
     return static_cast<long long>(blockIdx.x) * (BLOCK<THREADS> / THREADS) + row_of_block<THREADS>();
 }

@@ -24,7 +24,7 @@ Derivation
     x_j = -inf has p_j = 0 and p_j x_j = 0 (the limit).
 
 Rungs
-    reference   the definition, row by row of NumPy
+    reference   the definition, on whole arrays
     numba       a row per task: a max, then one vectorised pass of exp; the gradient is one more pass
     numba_cuda  a row per block of a GPU, in Python (numba_cuda.py)
     cuda        a row per warp or block, the maximum and the sums in one pass; fused, the row waits in shared memory for
@@ -38,7 +38,7 @@ import numpy as np
 from . import cuda
 from .device import empty, upcast, xp_of
 from .jit import contiguous, exp, jit, prange, prange_jit, row_max
-from .kernel import Kernel
+from .kernel import Kernel, numba_cuda
 
 # ------------------------------------------------------------------ reference
 
@@ -188,15 +188,6 @@ def numba_fused_inplace(logits, targets, a, z, c, d, scale):
     return logits, *results
 
 
-# ------------------------------------------------------------------ numba.cuda
-
-
-def _numba_cuda():
-    from . import numba_cuda  # at the first call, because numba.cuda takes a second to load
-
-    return numba_cuda
-
-
 # ------------------------------------------------------------------ cuda
 
 _WARP = 1024  # a row of at most so many logits is a warp's; a longer one a block's
@@ -304,7 +295,7 @@ forward = Kernel(
     versions={
         "numba": numba_forward,
         "cuda": cuda_forward,
-        "numba_cuda": lambda *arguments: _numba_cuda().cross_entropy_forward(*arguments),
+        "numba_cuda": numba_cuda("cross_entropy_forward"),
     },
     example=_example,
 )
@@ -314,7 +305,7 @@ backward = Kernel(
     versions={
         "numba": numba_backward,
         "cuda": cuda_backward,
-        "numba_cuda": lambda *arguments: _numba_cuda().cross_entropy_backward(*arguments),
+        "numba_cuda": numba_cuda("cross_entropy_backward"),
     },
     example=_backward_example,
     saved=_saved,
@@ -325,7 +316,7 @@ backward_inplace = Kernel(
     versions={
         "numba": numba_backward_inplace,
         "cuda": cuda_backward_inplace,
-        "numba_cuda": lambda *arguments: _numba_cuda().cross_entropy_backward_inplace(*arguments),
+        "numba_cuda": numba_cuda("cross_entropy_backward_inplace"),
     },
     example=_backward_example,
     saved=_saved,

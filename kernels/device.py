@@ -6,6 +6,7 @@ Everything else is written against `xp = xp_of(array)`, the array's own module: 
 
 import collections
 import contextlib
+import contextvars
 import functools
 import importlib
 import itertools
@@ -62,7 +63,7 @@ def check_device(device):
 
 
 def gpu_name():
-    """What the GPU is called by those who made it."""
+    """The GPU's product name."""
     name = cuda().runtime.getDeviceProperties(cuda().Device().id)["name"]
     return name.decode() if isinstance(name, bytes) else name
 
@@ -108,7 +109,7 @@ def synchronize(x):
 
 
 def number(x):
-    """The one number in `x`, to add up with others: a float, or on the GPU an array () of float64, which nobody has
+    """The one number in `x`, to add up with others: a float on the host, on the GPU an array () of float64, not yet
     waited for."""
     return float(x) if _on_host(x) else x.astype(np.float64)
 
@@ -155,17 +156,17 @@ def later(numbers):
 # ------------------------------------------------------------------ ids
 
 _flags = collections.deque()  # (name, ids, n, flag) of checks that run on a GPU
-_checked = [False]
+_checked = contextvars.ContextVar("checked", default=False)
 
 
 @contextlib.contextmanager
 def already_checked():
     """Context manager: ids on the GPU are not checked in here, because whoever moved them there has checked them."""
-    before, _checked[0] = _checked[0], True
+    before = _checked.set(True)
     try:
         yield
     finally:
-        _checked[0] = before
+        _checked.reset(before)
 
 
 def check_ids(name, ids, n):
@@ -179,7 +180,7 @@ def check_ids(name, ids, n):
     if _on_host(ids):
         if ids.size and (ids.min() < 0 or ids.max() >= n):
             raise _outside(name, ids, n)
-    elif not _checked[0]:
+    elif not _checked.get():
         if len(_flags) >= 256:  # nothing has been read for a long time
             raise_flags()
         _flags.append((name, ids, n, Later(((ids < 0) | (ids >= n)).any())))

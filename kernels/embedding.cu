@@ -36,7 +36,7 @@ forward(const T* weight, long long weight_stride, const int* ids, int tokens_per
 
 // Least significant digit first, `bits` at a time: count the digits in every tile, add the counts up (by digit, then by
 // tile), and put each token where its count says. A block has one thread per digit, and each of them walks the tile's
-// keys in order: slow per key, but there are few, and the order within a digit is kept without any more ado.
+// keys in order: slow per key, but there are few, and the order within a digit is kept.
 // order may be null: the tokens as they came.
 
 // The tile's digits, and (where it is not null) `from`, its tokens; both to shared memory. Returns how many they are.

@@ -4,7 +4,7 @@ CUDA graphs: what a function tells the GPU to do, recorded once and from then on
     graph = Graph(function)
     loss, norm = graph(tokens, targets)     NumPy arrays in, arrays on the GPU out
 
-An update of a small model is some hundred kernels of a few microseconds each, and Python is expected to need longer to
+An update of a small model is a few hundred kernels of a few microseconds each, and Python is expected to need longer to
 ask for them than a GPU to run them (not measured yet). A recorded update costs one copy of its inputs and one launch.
 
 What is recorded is the order of kernels, their addresses and their numbers, not the Python that asked for them. So
@@ -13,10 +13,10 @@ What is recorded is the order of kernels, their addresses and their numbers, not
     * all that is allocated meanwhile comes from a memory pool of the graph's own, which nobody else can be given when
       Python has let go of the arrays; and what the function uses besides has to stay where it is;
     * nothing in it may look at the GPU's results or read the host's memory.
-The calls of one shape are the same work, so each of them is real: the first runs as usual, which compiles and loads
-what it needs, the second is recorded and launched, and every later one is launched. Other shapes are other recordings
-that share the pool: one is over before the next begins. Where the GPU's memory is full, the pool gives back what nobody
-holds, and that is what recordings work in: they are forgotten, and their shapes are recorded again.
+Every call computes. The first with inputs of some shapes runs as usual, which compiles and loads what it needs; the
+second is recorded and launched; all later ones are launched. Other shapes are other recordings, which share the pool,
+as no two run at once. If the GPU's memory is full, the pool frees blocks that recordings work in: all recordings are
+then dropped, and made again.
 """
 
 import contextlib

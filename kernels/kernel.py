@@ -1,6 +1,7 @@
 """A kernel is one function with several versions: the readable reference, and a fast one per way of writing it."""
 
 import functools
+import importlib
 import os
 
 import numpy as np
@@ -17,7 +18,8 @@ _DTYPES = {"cpu": ("float32", "float64"), "cuda": ("float32", "bfloat16", "float
 
 @functools.cache
 def _fastest(device, dtype, wanted):
-    """Names of versions for arrays of this dtype: the one that is wanted, if the device has such, and the fastest."""
+    """Names of versions to try for arrays of this dtype, the best first: the one that is wanted, if this device has it,
+    then the fastest."""
     versions = {device: (*_PREFERENCE[device], *BY_NAME[device]) for device in _PREFERENCE}
     known = ["reference", *versions["cpu"], *versions["cuda"]]
     if wanted and wanted not in known:
@@ -26,6 +28,15 @@ def _fastest(device, dtype, wanted):
         return ()
     first = (wanted,) if wanted in versions[device] else ()
     return *first, *_PREFERENCE[device]
+
+
+def numba_cuda(name):
+    """The function of this name in numba_cuda.py, imported at the first call: numba.cuda takes a second to load."""
+
+    def run(*arguments):
+        return getattr(importlib.import_module(".numba_cuda", __package__), name)(*arguments)
+
+    return run
 
 
 class Kernel:
@@ -44,8 +55,8 @@ class Kernel:
 
     Calling a Kernel runs the fastest version for the first array's device and dtype, or the reference where there is
     none.
-    MINILLM_KERNELS=reference in the environment makes every call take the reference, and the name of a version that one
-    where a kernel has it for the device.
+    MINILLM_KERNELS in the environment names another version for all calls: `reference`, or one that is taken wherever a
+    kernel has it for the array's device.
     """
 
     def __init__(self, name, *, reference, versions, example, saved=lambda *args: args, operations=lambda *args: 0):

@@ -6,7 +6,8 @@ Contract
     forward returns y and r (one number per row);   backward(dy, x, weight, r) returns dx and dweight.
 
 Derivation, with n = x r the normalised row and h = dy weight
-    dr = -r^3 (x . dx) / D        so        dx = r (h - n mean_d(h n))
+    Where x moves by a small e, r moves by -r^3 (x . e) / D, and so the loss by  h . (r e - x r^3 (x . e) / D).
+    That is dx . e for every e:    dx = r h - x r^3 (h . x) / D = r (h - n mean_d(h n))
     (the step that is not obvious: the mean comes from r, through which every x_d moves every y_d)
     dweight = sum over rows of dy n
 

@@ -4,7 +4,7 @@ Rotary position embedding (Su et al. 2021, eq. 34), in the half-split pairing of
 Contract
     x (B, T, H, D) with D even; cos and sin (T, D/2), row t holding the angles of x[:, t]; way 1 or -1.
     Element d < D/2 and its partner d + D/2 are turned together by the angle of (t, d), of the first `heads` heads:
-        y_d = x_d cos - x_(d+D/2) sin        y_(d+D/2) = x_(d+D/2) cos + x_d sin        with way sin for sin
+        y_d = x_d cos - x_(d+D/2) sin        y_(d+D/2) = x_(d+D/2) cos + x_d sin        (sin times `way`)
     The other heads are copied: so q|k|v is turned as it comes from its projection, v being left as it is.
 
 Derivation

@@ -1,6 +1,7 @@
 """Everything runs on a GPU: on a stand-in for CuPy that refuses what CuPy would (tests/fake_cupy.py), with the kernels'
 references; and where there is a GPU, on that."""
 
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -198,6 +199,20 @@ def test_bad_ids_and_positions_are_told_before_they_reach_the_gpu(cupy):
     ):
         with pytest.raises(ValueError, match=told):
             gpu.hidden(tokens, start)
+
+
+def test_one_threads_recording_leaves_the_checks_of_others(cupy):
+    """A graph is recorded without checks of ids; who computes meanwhile in another thread has theirs."""
+
+    def elsewhere():
+        device.check_ids("embedding", cupy.asarray(np.array([9])), 3)
+        with pytest.raises(ValueError, match="id 9"):
+            device.raise_flags()
+
+    with device.already_checked(), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        device.check_ids("embedding", cupy.asarray(np.array([9])), 3)
+        device.raise_flags()
+        pool.submit(elsewhere).result()
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])

@@ -52,7 +52,7 @@ def test_the_page_says_what_is_kept_and_how_large_it_is():
 def test_the_page_has_the_derivation_of_the_kernel_file_without_its_rungs():
     title, text = script.explain(OPS["rms_norm"]).parts[2]
     assert "kernels/rms_norm.py" in title
-    assert "Contract\n  x (..., D)" in text and "dr = -r^3 (x . dx) / D" in text and "numba" not in text
+    assert "Contract\n  x (..., D)" in text and "r moves by -r^3 (x . e) / D" in text and "numba" not in text
 
 
 def test_the_signature_is_what_a_caller_sees():
