@@ -45,7 +45,7 @@ def _valid(name, mask):
         return mask
     valid = mask == 1
     if isinstance(mask, np.ndarray) and not (valid | (mask == 0)).all():
-        raise ValueError(f"{name}: a mask holds nothing but 0 and 1")
+        raise ValueError(f"{name}: a mask holds nothing but 0 and 1; F.cross_entropy takes weights")
     return valid
 
 
@@ -128,9 +128,9 @@ def masked_var(x, mask, sample=False):
 def whiten(x, mask, shift_mean=True, sample=False, eps=1e-8):
     """(x - mean) / sqrt(var + eps) over the valid entries of an array x (B, T); 0 at the others.
 
-    shift_mean=False adds the mean back afterwards, so that only the spread is normalised: for rewards, whose sign means
-    something. True, for advantages, leaves mean 0. (Names and meaning of lm-human-preferences, where shift_mean=True is
-    the one without a mean.) sample: which variance, see masked_var; the population's by default.
+    shift_mean=True removes the mean: for advantages. False adds it back, so that only the spread is normalised: for
+    rewards, whose sign means something. (Name and meaning are those of lm-human-preferences.) sample: which variance,
+    see masked_var; the population's by default.
     """
     _same_shape("whiten", x=x, mask=mask)
     valid = _valid("whiten", mask)
@@ -458,7 +458,7 @@ def ppo_value_loss(values, old_values, returns, mask, clip=0.2, count=None):
     old_values  (B, T) array: the same before the first update
     returns     (B, T) array: the targets R_t, from gae
     clip        how far V may move from V_old; math.inf for no clipping: half the mean squared error
-    The gradient is (V - R) / count, and 0 where V has moved by more than clip and is nearer to R than if it had not.
+    The gradient is (V - R) / count, and 0 where V has moved by more than clip and is nearer to R than the clipped V.
     Returns (loss, {"clipfrac": share of tokens whose gradient clipping has taken away}).
     """
     _check_clip("ppo_value_loss", clip)

@@ -2,11 +2,11 @@
 Data parallelism on the CPU: an update's rows in shares, each computed by one thread on one core, and their gradients
 summed.
 
-The kernels of a small model are too short to be cut in two: the threads of a parallel loop or of a matrix product spend
-their time on waiting for each other, after every one of some hundred. Threads that compute different rows meet once in
-an update. They are threads and not processes, because kernels and BLAS release Python's lock, and what is left, some
-4 ms of bookkeeping per share, hardly gets in the way: processes were no faster, and would need shared memory,
-pickled batches, and care for whoever dies first.
+The kernels of a small model are too short to be cut in two: the threads of a parallel loop or of a matrix product wait
+for each other after each of an update's few hundred. Threads that compute different rows meet once in an update. They
+are threads and not processes, because kernels and BLAS release Python's lock, and what is left, some 4 ms of
+bookkeeping per share, hardly gets in the way: processes were no faster, and would need shared memory, pickled batches,
+and care for whoever dies first.
 
 How rows are shared depends on `workers` alone, and inside a share everything runs on one thread. So the same seed and
 `workers` give the same bits whatever the machine's number of cores; another `workers` sums in another order.
@@ -18,6 +18,7 @@ from contextvars import copy_context
 
 from threadpoolctl import ThreadpoolController
 
+from .kernels.device import number
 from .kernels.jit import one_thread
 
 
@@ -52,6 +53,11 @@ def in_shares(model, function, batch, workers):
 def add_up(found):
     """{name: sum} over dicts of numbers with the same names."""
     return {name: sum(some[name] for some in found) for name in found[0]}
+
+
+def added(sums, found):
+    """{name: sum so far + number}, from nothing if `sums` is {}; the numbers of a GPU stay there."""
+    return {name: sums.get(name, 0.0) + number(value) for name, value in found.items()}
 
 
 def rows_of(batch):

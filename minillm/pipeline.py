@@ -2,9 +2,8 @@
 The whole pipeline in one run: data -> tokenizer -> pretrain -> sft -> reward -> ppo -> dpo -> report.
 
 Every stage is a folder in OUT and reads only the folders of earlier ones. A stage that is done is noted in
-OUT/pipeline.json and not repeated, so the same command goes on after a kill: what was in the middle begins again, what
-was done is kept. Lengths are fixed in tokens, updates and answers, never in seconds: the same seed gives the same
-models on any machine.
+OUT/pipeline.json and not repeated, so the same command goes on after a kill, in the middle of a stage, too. Lengths are
+fixed in tokens, updates and answers, never in seconds: the same seed gives the same models on all processors of a kind.
 
 Without data of one's own it runs on the atlas (data/atlas.py), where every answer can be checked. The report then tells
 what each stage changed, on questions that no stage has seen: pretraining gives the knowledge, SFT the manners, RLHF the
@@ -83,9 +82,9 @@ FREE = ("out", "from_", "resume", "device", "precision")  # settings that may be
 MODELS = {"base": "pretrain", "sft": "sft", "ppo": "ppo", "dpo": "dpo"}  # what can be asked, and the stage that made it
 
 # What each stage is told, where it differs from the stage's own defaults. tiny and default come from measurements (see
-# the README), small and medium are estimates. A model holds a fact after some hundred statements, in many wordings.
+# the README), small and medium are estimates. A model holds a fact after a few hundred statements, in many wordings.
 SHORT = {"length": 128, "held_out": 0.03}  # the atlas's conversations are short and many
-SHARED = {"workers": 2}  # not the machine's number of cores: the same seed gives the same models anywhere
+SHARED = {"workers": 2}  # not the machine's number of cores: the same seed gives the same models on any number
 SIZES = {
     "tiny": {
         "data": {"size_bytes": 600_000, "most_facts": 100, "conversations": 1500},

@@ -62,7 +62,7 @@ def check_out(options):
         try:
             Classifier.load(options.out)
         except ValueError as error:
-            raise ValueError(f"{error}: it is not mine to replace") from None
+            raise ValueError(f"{error}: take another --out, or remove it yourself") from None
 
 
 def run(options):

@@ -42,7 +42,7 @@ ARROWS = {
     "autograd": ["kernels.device"],
     "functional": ["kernels.device", "kernels.blas", OP, "autograd"],
     "optim": ["kernels.device", OP],
-    "parallel": ["kernels.jit"],
+    "parallel": ["kernels.device", "kernels.jit"],
     "op_examples": [],
     "extras": [],
     "files": [],

@@ -478,7 +478,7 @@ CASES = [
     ("atlas", "!--out full --size 50KB", 1,
      "full is not empty: take another --out, or replace it with --overwrite True"),
     ("atlas", "!--out full --size 50KB --overwrite True", 1,
-     "full is not empty, and was not made by atlas.py: it is not mine to replace"),
+     "full is not empty, and was not made by atlas.py: take another --out, or remove it yourself"),
     ("atlas", "!--out out --size 1KB", 2, "--size must be from 50KB to 1000MB, and is 1000 bytes"),
     ("atlas_task", "!--questions pref.jsonl --out out", 1,
      "pref.jsonl:1: not a question of the atlas, as in dev.jsonl or heldout.jsonl: no messages, id, kind, relation, "
@@ -492,8 +492,8 @@ CASES = [
     ("train_classifier", "!--positive text.jsonl --negative text.jsonl --out base/model.safetensors", 1,
      "base/model.safetensors exists: take another --out, or replace it with --overwrite True"),
     ("train_classifier", "!--positive text.jsonl --negative text.jsonl --out base/model.safetensors --overwrite", 1,
-     "base/model.safetensors is not a classifier: its metadata has no classifier's settings: it is not mine to "
-     "replace"),
+     "base/model.safetensors is not a classifier: its metadata has no classifier's settings: take another "
+     "--out, or remove it yourself"),
     ("train_classifier", "!--positive text.jsonl --negative text.jsonl --out pretrained/new.safetensors", 1,
      "pretrained/metrics.jsonl exists: take another --out, or replace it with --overwrite True"),
     ("plot", "!pretrained full", 1, "full has no metrics.jsonl: it is no folder of a training run"),

@@ -346,7 +346,7 @@ WRONG = [  # script, what is added to its good command line (a later option goes
     ("dpo", "--out file", 1, "file is a file, and has to be a folder"),
     ("reward", "--out file/below", 1, "file/below: Not a directory"),
     ("prepare", "--out full", 1, "full is not empty: take another --out, or replace it with --overwrite True"),
-    ("prepare", "--out full --overwrite", 1, "full is not empty, and was not made by prepare.py: it is not mine to"),
+    ("prepare", "--out full --overwrite", 1, "full is not empty, and was not made by prepare.py: take another --out"),
 ]  # fmt: skip
 
 

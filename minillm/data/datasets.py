@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..checkpoint import sync
 from ..files import check_keys, json_type, read_object
 from .pack import LARGEST, Batch, fill, join, plan, whole
 
@@ -96,7 +97,7 @@ class TokenWriter:
             self._parts[1].path.unlink(missing_ok=True)
             for part in self._parts:
                 os.replace(part.temporary, part.path)
-            _sync_folder(self.path.parent)
+            sync(self.path.parent)
         except BaseException:
             self.abort()
             raise
@@ -149,16 +150,6 @@ class _Part:
 def _paths(path):
     """NAME.bin and NAME.idx; a NAME may have dots in it."""
     return path.with_name(path.name + ".bin"), path.with_name(path.name + ".idx")
-
-
-def _sync_folder(folder):
-    """A rename is on the disk when its folder is. Windows cannot open a folder, and needs none of this."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 class TokenFile:

@@ -18,7 +18,7 @@ def check_out(out, overwrite, mark, maker, hint=""):
     if not overwrite:
         raise ValueError(f"{out} is not empty: take another --out{hint}, or replace it with --overwrite True")
     if not (out / mark).exists():
-        raise ValueError(f"{out} is not empty, and was not made by {maker}: it is not mine to replace")
+        raise ValueError(f"{out} is not empty, and was not made by {maker}: take another --out, or remove it yourself")
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from ..data.readers import Bad
 from ..kernels.device import beside, later, number, to_host
 from ..lora import switched_off
 from ..losses import dpo_loss, dpo_rewards, sequence_logprobs
-from ..parallel import add_up, in_shares
+from ..parallel import add_up, added, in_shares
 from .common import (
     LoraSettings,
     QuestionSettings,
@@ -137,8 +137,7 @@ def backward(model, batch, config, pad_id):
         for part in by_length(share, config.micro_batch_size):
             loss, metrics = loss_and_metrics(model, part, config, pad_id, len(batch))
             loss.backward()
-            for name, value in {"loss": number(loss.data) * len(batch), **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + number(value)
+            sums = added(sums, {"loss": number(loss.data) * len(batch), **metrics})
         return sums
 
     sums = add_up(in_shares(model, backward_share, longest_first(batch), config.workers))
@@ -151,8 +150,7 @@ def measure(model, examples, config, pad_id, rows=16):
     with no_grad():
         for part in by_length(examples, rows):
             loss, metrics = loss_and_metrics(model, part, config, pad_id, len(examples))
-            for name, value in {"loss": number(loss.data) * len(examples), **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + number(value)
+            sums = added(sums, {"loss": number(loss.data) * len(examples), **metrics})
     return {f"eval_{name}": value / len(examples) for name, value in later(sums)().items()}
 
 

@@ -49,7 +49,7 @@ from ..losses import (
     ppo_value_loss,
     whiten,
 )
-from ..parallel import add_up, in_shares
+from ..parallel import add_up, added, in_shares
 from .common import (
     LoraSettings,
     QuestionSettings,
@@ -133,7 +133,7 @@ class PPOConfig(QuestionSettings, LoraSettings):
     eval_prompts: int = 64
     """how many of them are answered in an evaluation"""
     flight_record: int = 0
-    """write every token of every so-manieth round to flight.jsonl, to be recomputed by hand; 0: none"""
+    """write every token of each N-th round to flight.jsonl, so that it can be computed again by hand; 0: none"""
 
     lr: float = 1e-4
     """the policy's peak learning rate"""
@@ -331,7 +331,7 @@ def policy_backward(policy, e, config):
             ratio_max = found.pop("ratio_max")
             largest = number(xp_of(ratio_max).fmax(ratio_max, largest))
             found |= {"loss": loss.data, "entropy": masked_mean(entropy.data, there.mask, count)}
-            sums = {name: sums.get(name, 0.0) + number(value) for name, value in found.items()}
+            sums = added(sums, found)
         return sums | {"ratio_max": largest}
 
     found = in_shares(policy, backward_share, e, config.workers)
@@ -351,7 +351,7 @@ def value_backward(value_model, e, config, clip):
             loss, found = ppo_value_loss(values, there.value, there.returns, there.mask, clip, count)
             loss.backward()
             found |= {"loss": loss.data}
-            sums = {name: sums.get(name, 0.0) + number(value) for name, value in found.items()}
+            sums = added(sums, found)
         return sums
 
     return add_up(in_shares(value_model, backward_share, e, config.workers))

@@ -2,7 +2,7 @@
 Pretraining: minimise  L = -(1 / N) sum over rows and tokens of m_t log p(x_{t+1} | x_start..x_t)
 
 N is the number of targets of the whole update. A token sees its own document alone; the first token of a document is no
-target, for nothing announces it. Left out: nothing is repeated on purpose and nothing is masked.
+target, for nothing announces it. No other token is masked, and no document is repeated on purpose.
 """
 
 import dataclasses

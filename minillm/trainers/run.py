@@ -399,7 +399,7 @@ class Run:
         state = manifest["state"]
         run, files = state.get("run"), state.get("files")
         if not (isinstance(run, dict) and run.keys() == set(SAVED) and isinstance(files, dict)):
-            raise ValueError(f"{folder} is no run's checkpoint")
+            raise ValueError(f"{folder} is no run's checkpoint: remove it to go on from the one before")
         for name, thing in self.holds.items():
             try:
                 thing.load_state_dict(state.get(name, {}) | _part(arrays, name))
