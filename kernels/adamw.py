@@ -3,20 +3,22 @@ AdamW (Loshchilov and Hutter 2019, alg. 2) in one pass over flat memory, in plac
 needs.
 
 Contract
-    p, m, v, g (n,) float32 or float64; step counts from 1; weight_decay 0 switches the decay off.
+    p, m, v, g (n,) float32 or float64; step counts from 1; weight_decay 0 switches the decay off. The paper's alpha is
+    1 here and its eta_t is lr: the decay is lr weight_decay, as in PyTorch. eps stands outside the root, as there.
     g' = scale g                                  (scale: one over the loss scale, times the clipping factor)
     m  = beta1 m + (1 - beta1) g'                 v = beta2 v + (1 - beta2) g'^2
     p  = p - lr weight_decay p - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
     scale is a number or an array of one element (which may be on the device, where nothing waits for it). If it is not
     finite, nothing is changed.
-    Returns (p, m, v), which are the arrays that came in. eps stands outside the root, as in PyTorch.
+    Returns (p, m, v), which are the arrays that came in.
 
-    Instead of lr, weight_decay and step, and beside p: schedule (runs, 3) in p's dtype, what the three come to for each
-    of the runs that p consists of, and borders (runs - 1,) int64, where the second run and each later one begin.
+    schedule (runs, 3), in p's dtype: keep = 1 - lr weight_decay, rate = lr / (1 - beta1^step) and
+    root = 1 / sqrt(1 - beta2^step) of each run of neighbouring parameters (schedule_for: of one run). borders
+    (runs - 1,) int64: where each run but the first begins; None where there is one run.
     advance_inplace(schedule, rates, steps, scale) writes the schedule of the next update, number steps + 1, and counts
     it where the scale is finite: rates (runs, 2) float64, lr and weight_decay of each run; steps (1,) int32; scale
-    (1,). So all that is another in each update is in memory, as a CUDA graph needs it, in which a number stays what it
-    was when it was recorded; and an update that is left out is not counted, however late anybody learns of it.
+    (1,). All that changes between updates is in memory, which a CUDA graph needs (a recorded Python number stays
+    fixed), and an update that is left out is not counted, however late anybody learns of it.
 
     sum_of_squares(x) returns the sum of x_i^2 as an array (1,), float64 for float64 and float32 for everything else:
     the squares in that dtype, and what is added up from many of them more exactly.
@@ -56,16 +58,13 @@ def reference_advance_inplace(schedule, rates, steps, scale, *, beta1, beta2):
     return schedule
 
 
-def _whole(p, *numbers):
-    """The schedule of p as one run, from `schedule_of`'s numbers."""
-    return xp_of(p).asarray(np.array([schedule_of(*numbers)], p.dtype))
+def schedule_for(p, lr, beta1, beta2, weight_decay, step):
+    """`schedule_of` as the schedule (1, 3) of p as one run, beside it and in its dtype."""
+    return xp_of(p).asarray(np.array([schedule_of(lr, beta1, beta2, weight_decay, step)], p.dtype))
 
 
-def reference_inplace(
-    p, m, v, g, *, beta1, beta2, eps, lr=None, weight_decay=None, step=None, scale=1.0, schedule=None, borders=None
-):
+def reference_inplace(p, m, v, g, schedule, borders=None, *, beta1, beta2, eps, scale=1.0):
     xp = xp_of(p)
-    schedule = _whole(p, lr, beta1, beta2, weight_decay, step) if schedule is None else schedule
     of_each = schedule if borders is None else schedule[xp.searchsorted(borders, xp.arange(p.size), "right")]
     keep, rate, root = of_each.T
     scale = xp.asarray(scale, p.dtype).reshape(())
@@ -105,16 +104,13 @@ def _check_flat(p, m, v, g):
         raise ValueError("adamw_inplace needs p, m, v and g contiguous, of one shape and one dtype")
 
 
-def numba_inplace(
-    p, m, v, g, *, beta1, beta2, eps, lr=None, weight_decay=None, step=None, scale=1.0, schedule=None, borders=None
-):
+def numba_inplace(p, m, v, g, schedule, borders=None, *, beta1, beta2, eps, scale=1.0):
     _check_flat(p, m, v, g)
     scale = np.asarray(scale, p.dtype).reshape(())
     if np.isfinite(scale):
-        schedule = _whole(p, lr, beta1, beta2, weight_decay, step) if schedule is None else schedule
         *betas, eps = map(p.dtype.type, (beta1, 1 - beta1, beta2, 1 - beta2, eps))
         ends = pairwise([0, *([] if borders is None else borders.tolist()), p.size])
-        for (keep, rate, root), (begin, end) in zip(schedule, ends, strict=True):
+        for (keep, rate, root), (begin, end) in zip(contiguous(schedule, p.dtype), ends, strict=True):
             arrays = (x.reshape(-1)[begin:end] for x in (p, m, v, g))
             _step(*arrays, keep, rate, *betas, eps, root, scale[()])
     return p, m, v
@@ -174,13 +170,12 @@ def _on_device(scale, like):
     return xp_of(like).full(1, scale, np.float32) if is_number else cuda.contiguous(scale, np.float32)
 
 
-def cuda_inplace(
-    p, m, v, g, *, beta1, beta2, eps, lr=None, weight_decay=None, step=None, scale=1.0, schedule=None, borders=None
-):
+def cuda_inplace(p, m, v, g, schedule, borders=None, *, beta1, beta2, eps, scale=1.0):
     _check_flat(p, m, v, g)
     if p.dtype != np.float32:
         raise TypeError(f"adamw_inplace updates float32 on a GPU, and these parameters are {p.dtype}")
-    schedule = _whole(p, lr, beta1, beta2, weight_decay, step) if schedule is None else schedule
+    schedule = cuda.contiguous(schedule, np.float32)
+    borders = None if borders is None else cuda.contiguous(borders, np.int64)
     constants = map(np.float32, (beta1, 1 - beta1, beta2, 1 - beta2, eps))
     n = 4 if _aligned(p, m, v, g) else 1
     arguments = p, m, v, g, np.int64(p.size), *constants, _on_device(scale, p), schedule, borders
@@ -214,8 +209,8 @@ def _example(rng, size):
     sizes = {"large": 10_000_000, "gpu": 124_000_000}
     n = sizes[size] if size in sizes else int(rng.choice([1, 5, 67, _PIECE + 1]))
     p, m, v, g = rng.standard_normal((4, n))
-    constants = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "scale": 0.5}
-    return (p, m, v * v, g), {**constants, "step": int(rng.integers(1, 100))}
+    schedule = schedule_for(p, 3e-3, 0.9, 0.95, 0.1, int(rng.integers(1, 100)))
+    return (p, m, v * v, g, schedule), {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "scale": 0.5}
 
 
 def _advance_example(rng, size):

@@ -24,7 +24,7 @@ class Run(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Runs that are neighbours in memory, which one call updates: flat arrays (n,)."""
+    """Runs that are neighbours in memory, which one call updates: flat arrays (n,), as `step_inplace` takes them."""
 
     data: object
     m: object
@@ -45,7 +45,8 @@ def one_rate(name, parameter):
 
 
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, alg. 2); equations in kernels/adamw.py.
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, alg. 2, with alpha = 1 and eta_t = lr: the decay is
+    lr weight_decay, as in PyTorch); equations in kernels/adamw.py.
 
     parameters    {name: Tensor}; those with requires_grad=False are left alone. A gradient that is None becomes zeros.
     decays        function(name, Tensor) -> whether weight_decay applies to it
@@ -104,9 +105,8 @@ class AdamW:
         """`step` with all that is another in each update in arrays beside the parameters: a CUDA graph can hold it."""
         scale, (beta1, beta2) = xp_of(self.m).full(1, scale, self.m.dtype), self.betas
         adamw.advance_inplace(self._schedule, rates, self._steps, scale, beta1=beta1, beta2=beta2)
-        for *arrays, schedule, borders in self.stretches:
-            told = {"scale": scale, "schedule": schedule, "borders": borders}
-            adamw.step_inplace(*arrays, beta1=beta1, beta2=beta2, eps=self.eps, **told)
+        for stretch in self.stretches:
+            adamw.step_inplace(*stretch, beta1=beta1, beta2=beta2, eps=self.eps, scale=scale)
 
     def zero_grad(self):
         """Set every gradient to zero, in place."""

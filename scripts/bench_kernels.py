@@ -77,10 +77,11 @@ def fresh(args):
 
 
 def shapes(args):
-    """The sizes of the arrays with more than one axis, or of the first."""
+    """The size of the first array, if it has one axis, or the shapes of those with more."""
     arrays = [x for x in args if is_array(x)]
-    sizes = ["x".join(map(str, x.shape)) for x in arrays if x.ndim > 1] or [str(arrays[0].size)]
-    return ", ".join(dict.fromkeys(sizes))
+    if arrays[0].ndim == 1:
+        return str(arrays[0].size)
+    return ", ".join(dict.fromkeys("x".join(map(str, x.shape)) for x in arrays if x.ndim > 1))
 
 
 def results_of(kernel, version, args, kwargs):

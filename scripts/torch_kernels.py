@@ -138,10 +138,13 @@ def rope(torch, args, kwargs):
 
 
 def adamw_inplace(torch, args, kwargs):
-    """PyTorch's fused AdamW on the same memory, as one parameter."""
+    """PyTorch's fused AdamW on the same memory, as one parameter. It counts its own updates, so the learning rate and
+    the weight decay are those that the schedule has at a first update."""
     parameter, g = torch.nn.Parameter(tensor(args[0])), tensor(args[3])
-    options = {"lr": kwargs["lr"], "betas": (kwargs["beta1"], kwargs["beta2"]), "eps": kwargs["eps"]}
-    optimizer = torch.optim.AdamW([parameter], weight_decay=kwargs["weight_decay"], fused=True, **options)
+    ((keep, rate, _),) = args[4].tolist()
+    lr = rate * (1 - kwargs["beta1"])
+    options = {"lr": lr, "betas": (kwargs["beta1"], kwargs["beta2"]), "eps": kwargs["eps"]}
+    optimizer = torch.optim.AdamW([parameter], weight_decay=(1 - keep) / lr, fused=True, **options)
     parameter.grad = g
     return {"torch fused": lambda *_: optimizer.step()}
 

@@ -139,14 +139,14 @@ def embedding_backward(draw, N, V, D):
 
 def adamw_step(draw, n):
     p, m, v, g = (draw.f(n) for _ in range(4))  # each begins at a multiple of 16 bytes
-    return adamw.step_inplace, (p, m, v * v, g), ADAMW
+    return adamw.step_inplace, (p, m, v * v, g, adamw.schedule_for(p, 3e-3, 0.9, 0.95, 0.1, 3)), ADAMW
 
 
 def adamw_runs(draw, n, *borders):
     """Runs with schedules that have nothing to do with each other."""
     schedule = draw.rng.uniform(0.5, 2, (len(borders) + 1, 3)).astype(np.float32)
-    runs = {"schedule": schedule, "borders": np.array(borders, np.int64)}
-    return *adamw_step(draw, n)[:2], {name: ADAMW[name] for name in ("beta1", "beta2", "eps", "scale")} | runs
+    kernel, (*arrays, _), constants = adamw_step(draw, n)
+    return kernel, (*arrays, schedule, np.array(borders, np.int64)), constants
 
 
 def adamw_advance(draw, runs):
@@ -173,7 +173,7 @@ def gelu_of(approximate):
 
 gelu_tanh, gelu_tanh_backward = gelu_of("tanh")
 gelu_exact, gelu_exact_backward = gelu_of("none")
-ADAMW = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 3, "scale": 0.5}
+ADAMW = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "scale": 0.5}
 
 # Sizes by how rows are read: 16 bytes at a time or element by element, by warps or by blocks; "apart": 16 bytes at a
 # time, of rows that end anywhere.
@@ -536,14 +536,13 @@ def test_adamw_updates_runs_as_if_each_were_alone(version):
     for n, count in [(1, 1), (4, 9), (67, 3), (1030, 200), (4099, 5), (5000, 40)]:
         for near in (0, n // 2):  # all over the array, or within a few elements
             borders = np.sort(rng.integers(near, min(near + 12, n) if near else n, count)).tolist()
-            _, arrays, constants = adamw_runs(Draw(np.float32, seed=n), n, *borders)
+            _, (*arrays, schedule, borders), constants = adamw_runs(Draw(np.float32, seed=n), n, *borders)
             alone = [x.copy() for x in arrays]
             with on_cpu():
                 update = adamw.step_inplace.version(version)
-                update(*arrays, **constants)
-                for begin, end, row in zip([0, *borders], [*borders, n], constants["schedule"], strict=True):
-                    own = constants | {"schedule": row[None], "borders": None}
-                    update(*(x[begin:end] for x in alone), **own)
+                update(*arrays, schedule, borders, **constants)
+                for begin, end, row in zip([0, *borders], [*borders, n], schedule, strict=True):
+                    update(*(x[begin:end] for x in alone), row[None], **constants)
             assert all(np.array_equal(x, y) for x, y in zip(arrays, alone, strict=True))
 
 
@@ -569,7 +568,7 @@ def test_float64_is_refused(make):
 
 def test_adamw_refuses_what_is_not_float32():
     with pytest.raises(TypeError, match="float32 on a GPU"):
-        adamw.cuda_inplace(*np.zeros((4, 8)), **ADAMW)
+        adamw.cuda_inplace(*np.zeros((4, 8)), np.zeros((1, 3)), **ADAMW)
 
 
 def test_a_gpu_array_gets_the_cuda_version_if_it_takes_the_dtype():

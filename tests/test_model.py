@@ -7,7 +7,7 @@ from minillm import autograd, scaling
 from minillm import functional as F
 from minillm.autograd import no_grad, saved_arrays
 from minillm.kernels import device
-from minillm.kernels.adamw import step_inplace
+from minillm.kernels.adamw import schedule_for, step_inplace
 from minillm.model import GPT2, Config, Llama, build
 from tests.gradcheck import gradcheck
 
@@ -195,13 +195,14 @@ def test_parameters_are_views_of_one_memory(config):
 
 def train(model, steps, next_batch, lr):
     m, v = np.zeros_like(model.flat), np.zeros_like(model.flat)
-    constants = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
+    constants = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
     for step in range(1, steps + 1):
         model.flat_grad[...] = 0
         loss = loss_of(model, *next_batch())
         loss.backward()
         rate = lr * min(1, step / 10) * (1 - 0.95 * step / steps)
-        step_inplace(model.flat, m, v, model.flat_grad, lr=rate, step=step, **constants)
+        schedule = schedule_for(model.flat, rate, 0.9, 0.95, 0.0, step)
+        step_inplace(model.flat, m, v, model.flat_grad, schedule, **constants)
     return loss.item()
 
 

@@ -7,7 +7,7 @@ import pytest
 from minillm import autograd as ag
 from minillm import functional as F
 from minillm.autograd import Tensor, checkpoint
-from minillm.kernels.adamw import step_inplace
+from minillm.kernels.adamw import schedule_for, step_inplace
 from tests.gradcheck import gradcheck, vjp
 
 V, D, H, HK, L, FF = 13, 12, 4, 2, 2, 10
@@ -149,11 +149,12 @@ def test_one_batch_is_learnt_by_heart():
     tokens[:] = rng.permutation(V)[:7]
     tokens[1, 0] = (tokens[0, 0] + 1) % V  # so that no two prefixes ask for different answers
     state = {name: (np.zeros_like(x.data), np.zeros_like(x.data)) for name, x in p.items()}
-    constants = {"lr": 0.02, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
+    constants = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
     for step in range(1, 101):
         value = loss(tokens, 0 * start, targets, list(p), *p.values())
         value.backward()
         for name, x in p.items():
-            step_inplace(x.data, *state[name], x.grad, **constants, step=step)
+            schedule = schedule_for(x.data, 0.02, 0.9, 0.95, 0.0, step)
+            step_inplace(x.data, *state[name], x.grad, schedule, **constants)
             x.grad[...] = 0
     assert value.item() < 0.01

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minillm import functional as F
-from minillm.kernels.adamw import step_inplace
+from minillm.kernels.adamw import schedule_for, step_inplace
 
 VECTORS = Path(__file__).parents[2] / "shared" / "data" / "vectors" / "torch_sdpa_rope_adamw.npz"
 pytestmark = pytest.mark.skipif(not VECTORS.exists(), reason="the PyTorch vectors are not beside this checkout")
@@ -44,5 +44,6 @@ def test_a_thousand_adamw_steps(stored):
         m, v = np.zeros_like(w), np.zeros_like(w)
         for step, x in enumerate(stored["adamw_x"].astype(dtype), 1):
             g = 2 * np.outer(w @ x - np.array([x[0] + x[1], -x[2]]), x).astype(dtype)
-            step_inplace(w, m, v, g, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step)
+            schedule = schedule_for(w, lr, beta1, beta2, weight_decay, step)
+            step_inplace(w, m, v, g, schedule, beta1=beta1, beta2=beta2, eps=eps)
         assert np.abs(w - stored["adamw_expected_after_1000"]).max() < tolerance

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from minillm.kernels.adamw import schedule_for
 from minillm.kernels.kernel import KERNELS
 from tests.test_kernels import call
 
@@ -57,9 +58,10 @@ def test_the_norm():
 def test_a_first_update_of_adamw():
     """PyTorch's counts its own steps and begins with moments of 0."""
     p, _, _, g = np.random.default_rng(0).standard_normal((4, 50))
-    constants = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
-    exact = BY_NAME["adamw_inplace"].reference(p.copy(), 0 * p, 0 * p, g, step=1, **constants)[:1]
-    assert 0 < largest_error("adamw_inplace", (p, 0 * p, 0 * p, g), constants, np.float32, exact) < 1e-6
+    args = p, 0 * p, 0 * p, g, schedule_for(p, 0.01, 0.9, 0.95, 0.1, 1)
+    constants = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+    exact = BY_NAME["adamw_inplace"].reference(p.copy(), *args[1:], **constants)[:1]
+    assert 0 < largest_error("adamw_inplace", (p, 0 * p, 0 * p, *args[3:]), constants, np.float32, exact) < 1e-6
 
 
 def test_cross_entropy():
