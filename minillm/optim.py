@@ -159,18 +159,11 @@ def _place(name, array):
 
 
 def global_norm(gradients):
-    """sqrt(sum of squares over all arrays): a float, or on a GPU an array () of float64. On the host, rows of 512 are
-    summed in the arrays' dtype, and the row sums in float64: the same bits for any number of threads, which a BLAS dot
-    product does not promise."""
-    total, gradients = 0.0, list(gradients)
+    """sqrt(sum of squares over all arrays): a float, or on a GPU an array () of float64."""
+    gradients = list(gradients)
     if gradients and device_of(gradients[0]) == "cuda":
         return xp_of(gradients[0]).sqrt(sum(number(adamw.sum_of_squares(g).reshape(())) for g in gradients))
-    for g in gradients:
-        g = g.reshape(-1)
-        whole = g.size // 512 * 512
-        for rows in (g[:whole].reshape(-1, 512), g[whole:].reshape(1, -1)):
-            total += float(np.einsum("ij,ij->i", rows, rows).sum(dtype="float64"))
-    return math.sqrt(total)
+    return math.sqrt(adamw.host_sum_of_squares(gradients))
 
 
 def clip_scale(norm, max_norm):

@@ -260,6 +260,7 @@ FAULTS = {
             "pairwise([0, *([] if borders is None else (borders - 1).tolist()), p.size])",
             "runs: each begins one element early",
         ),
+        ("total += float(", "total = float(", "global_norm: of the last array alone"),
         ("n = 4 if _aligned(p, m, v, g) else 1", "n = 4 if _aligned(p) else 1", "memory: only p's place is looked at"),
     ],
     "kernels/jit.py": [
@@ -322,7 +323,6 @@ FAULTS = {
     "minillm/optim.py": [
         ("return parameter.ndim >= 2", "return parameter.ndim >= 1", "decay: pulls at norms and biases, too"),
         ("max_norm / norm if max_norm", "norm / max_norm if max_norm", "clipping: upside down, long gradients grow"),
-        ("total += float(", "total = float(", "norm: of the last array alone"),
         (
             "xp.isfinite(norm + loss)",
             "xp.isfinite(norm)",
