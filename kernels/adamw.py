@@ -156,7 +156,7 @@ _SOURCE = cuda.Source(
     "adamw.cu",
     {"step<4>": 64, "step<1>": 40, "add_parts": 24}
     | {f"advance<{t}>": 48 for t in cuda.C_TYPES.values()}
-    | {f"squares<{t}, {n}>": 40 for t, widest in (("float", 4), ("bf16", 8), ("fp16", 8)) for n in (widest, 1)},
+    | {f"squares<{t}, {n}>": 40 for t, widest in cuda.WIDEST.items() for n in (widest, 1)},
 )
 
 

@@ -144,7 +144,7 @@ def _exponentials(p, highest):
 def _forward(q, q_strides, k, k_strides, v, v_strides, start, scale, o, lse, kt, vp):
     B, Tq, H, D = o.shape
     Hk, Dp, Tk = kt.shape[1], kt.shape[3], vp.shape[2]
-    shift = vp.shape[2] - Tq
+    shift = Tk - Tq
     query_tiles, one = -(-Tq // TILE), o.dtype.type(1)  # an integer 1 would make the arithmetic float64
 
     for task in prange(B * Hk):
@@ -199,7 +199,7 @@ def numba_forward(q, k, v, start, scale):
     Tk, Hk = k.shape[1:3]
     Dp = _up(D, LANES)
     o, lse = empty(q, q.shape), empty(q, (B, H, Tq))
-    kt = np.zeros((B, Hk, _up(Tk, TILE) // TILE, Dp, TILE), q.dtype)
+    kt = np.zeros((B, Hk, -(-Tk // TILE), Dp, TILE), q.dtype)
     vp = np.zeros((B, Hk, Tk, Dp), q.dtype)
     if o.size:
         _forward(*strided(q), *strided(k), *strided(v), contiguous(start), q.dtype.type(scale), o, lse, kt, vp)
@@ -426,7 +426,7 @@ def cuda_backward(do, q, k, v, o, lse, start, scale, deterministic=True, wgmma=F
     do = _view(do, dtype)
     views = (*do, *_view(q, dtype), *_view(k, dtype), *_view(v, dtype))
 
-    Tp = -(-Tq // PADDED) * PADDED
+    Tp = _up(Tq, PADDED)
     lse2, delta, end = (empty(q, s, t) for s, t in (((B, H, Tp), "f4"), ((B, H, Tp), "f4"), ((B, Tk), np.int32)))
     rows = (*do, *_view(o, dtype), cuda.contiguous(lse, np.float32), lse2, delta, *map(np.int32, (B, H, Tq, Tp, D)))
     SOURCE.launch(f"rows_of_backward<{ctype}>", -(-B * H * Tp // 32), 256, rows)

@@ -198,7 +198,7 @@ _SOURCE = cuda.Source(
     {
         f"{kernel}<{c_type}, {n}, {threads}>": 64
         for kernel, block in _BLOCKS.items()
-        for c_type, widest in (("float", 4), ("bf16", 8), ("fp16", 8))
+        for c_type, widest in cuda.WIDEST.items()
         for n in (widest, 1)
         for threads in (32, block)
     },

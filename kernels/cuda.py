@@ -35,6 +35,7 @@ GIVEN_SHARED = (48 << 10) - OWN_SHARED  # bytes that a launch may bring as it is
 
 # The float types of the kernels, as NumPy and as CUDA C++ name them.
 C_TYPES = {"float32": "float", "bfloat16": "bf16", "float16": "fp16"}
+WIDEST = {"float": 4, "bf16": 8, "fp16": 8}  # elements in a 16-byte access
 
 # With all that GPUs of this generation have, and later ones have not: the instructions for four warps at once.
 HOPPER = "sm_90a"
@@ -114,6 +115,36 @@ class Source:
     def text(self):
         """The file with what it includes of this folder: what a compiled instance depends on."""
         return self.path.read_text(encoding="utf-8") + (FOLDER / "common.cuh").read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------ the two norms
+
+# A row of at most so many elements is a warp's, in a block of 4, and a longer one a block's; so is one that 16-byte
+# accesses do not fit.
+_WARP = 1024
+
+
+def norm_instances(registers):
+    """The instances of rms_norm.cu and layer_norm.cu, of {kernel: {threads of a row: registers}}."""
+    return {
+        f"{kernel}<{c_type}, {weight}, {n}, {threads}>": most[threads]
+        for kernel, most in registers.items()
+        for c_type, widest in WIDEST.items()
+        for weight in sorted({c_type, "float"})
+        for n, threads in ((widest, 32), (widest, 256), (1, 256))
+    } | {f"sum_partial<{c_type}>": 32 for c_type in WIDEST}
+
+
+def norm_plan(kernel, x, weight, *others):
+    """(instance, threads of a block, rows of a block) for rows of x, and of others that are read or written with it."""
+    n = 16 // x.itemsize if wide(x, weight, *others) else 1
+    threads, rows = (32, 4) if n > 1 and x.shape[-1] <= _WARP else (256, 1)
+    return f"{kernel}<{c_type(x)}, {c_type(weight)}, {n}, {threads}>", rows * threads, rows
+
+
+def norm_weight(x, weight):
+    """The weight in x's dtype or in float32, which these kernels take beside it."""
+    return contiguous(weight, None if weight.dtype == x.dtype else np.float32)
 
 
 # ------------------------------------------------------------------ compiling

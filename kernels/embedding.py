@@ -86,7 +86,7 @@ _SOURCE = cuda.Source(
     {
         f"{kernel}<{c_type}, {n}>": registers if n > 1 else min(registers, 48)
         for kernel, registers in (("forward", 32), ("add_pieces", 120), ("add_parts", 40))
-        for c_type, widest in (("float", 4), ("bf16", 8), ("fp16", 8))
+        for c_type, widest in cuda.WIDEST.items()
         for n in (widest, 1)
     }
     | {"count_digits": 32, "add_up": 32, "move": 32, "find_first": 16},

@@ -123,7 +123,7 @@ _SOURCE = cuda.Source(
     {
         f"{kernel}<{c_type}, {n}, {tanh}>": 24 if n == 1 else 60
         for kernel in _LOADS
-        for c_type, widest in (("float", 4), ("bf16", 8), ("fp16", 8))
+        for c_type, widest in cuda.WIDEST.items()
         for n in (widest, 1)
         for tanh in ("true", "false")
     },

@@ -104,48 +104,29 @@ def numba_backward(dy, x, weight, u, r):
 
 # ------------------------------------------------------------------ cuda
 
-# A row of at most so many elements is a warp's, in a block of 4, and a longer one a block's; so is one that 16-byte
-# accesses do not fit.
-_WARP = 1024
 _PARTIAL = 264  # blocks of the backward at most: as many as an H200 runs at once; the same on any GPU
 
 _SOURCE = cuda.Source(
-    "layer_norm.cu",
-    {
-        f"{kernel}<{c_type}, {weight}, {n}, {threads}>": registers[threads]
-        for kernel, registers in (("forward", {32: 60, 256: 56}), ("backward", {32: 200, 256: 128}))
-        for c_type, widest in (("float", 4), ("bf16", 8), ("fp16", 8))
-        for weight in sorted({c_type, "float"})
-        for n, threads in ((widest, 32), (widest, 256), (1, 256))
-    }
-    | {f"sum_partial<{c_type}>": 32 for c_type in ("float", "bf16", "fp16")},
+    "layer_norm.cu", cuda.norm_instances({"forward": {32: 60, 256: 56}, "backward": {32: 200, 256: 128}})
 )
 
 
-def _plan(kernel, x, weight, *others):
-    """(instance, threads of a block, rows of a block) for rows of x."""
-    n = 16 // x.itemsize if cuda.wide(x, weight, *others) else 1
-    threads, rows = (32, 4) if n > 1 and x.shape[-1] <= _WARP else (256, 1)
-    return f"{kernel}<{cuda.c_type(x)}, {cuda.c_type(weight)}, {n}, {threads}>", rows * threads, rows
-
-
 def cuda_forward(x, weight, bias, eps):
-    dtype = weight.dtype if weight.dtype == x.dtype else np.float32  # what the kernels take beside x
-    x, weight, bias = cuda.contiguous(x), cuda.contiguous(weight, dtype), cuda.contiguous(bias, dtype)
+    x, weight = cuda.contiguous(x), cuda.norm_weight(x, weight)
+    bias = cuda.contiguous(bias, weight.dtype)
     N, D = x.size // x.shape[-1], x.shape[-1]
     y, u, r = empty(x, x.shape), empty(x, (N,), np.float32), empty(x, (N,), np.float32)
-    instance, threads, rows = _plan("forward", x, weight, bias, y)
+    instance, threads, rows = cuda.norm_plan("forward", x, weight, bias, y)
     arguments = x, weight, bias, np.int32(N), np.int32(D), np.float32(eps), y, u, r
     _SOURCE.launch(instance, -(-N // rows), threads, arguments)
     return y, u, r
 
 
 def cuda_backward(dy, x, weight, u, r):
-    dtype = weight.dtype if weight.dtype == x.dtype else np.float32
-    x, dy, w = cuda.contiguous(x), cuda.contiguous(dy, x.dtype), cuda.contiguous(weight, dtype)
+    x, dy, w = cuda.contiguous(x), cuda.contiguous(dy, x.dtype), cuda.norm_weight(x, weight)
     u, r, dx = cuda.contiguous(u, np.float32), cuda.contiguous(r, np.float32), empty(x, x.shape)
     N, D = r.size, x.shape[-1]
-    instance, threads, rows = _plan("backward", x, w, dy, dx)
+    instance, threads, rows = cuda.norm_plan("backward", x, w, dy, dx)
     blocks = min(-(-N // rows), _PARTIAL)
     partial, gradients = empty(x, (blocks, 2 * D), np.float32), empty(x, (2, D), w.dtype)
     arguments = dy, x, w, u, r, np.int32(N), np.int32(D), dx, partial

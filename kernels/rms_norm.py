@@ -100,56 +100,32 @@ def numba_backward(dy, x, weight, r):
 
 # ------------------------------------------------------------------ cuda
 
-# A row of at most so many elements is a warp's, in a block of 4, and a longer one a block's; so is one that 16-byte
-# accesses do not fit.
-_WARP = 1024
-_PARTIAL = {32: 396, 256: 264}  # blocks of the backward at most: as many as an H200 runs at once; the same on any GPU
+# Blocks of the backward at most, of 4 rows or of 1: as many as an H200 runs at once; the same on any GPU.
+_PARTIAL = {4: 396, 1: 264}
 
 _SOURCE = cuda.Source(
-    "rms_norm.cu",
-    {
-        f"{kernel}<{c_type}, {weight}, {n}, {threads}>": registers[threads]
-        for kernel, registers in (("forward", {32: 56, 256: 56}), ("backward", {32: 168, 256: 112}))
-        for c_type, widest in (("float", 4), ("bf16", 8), ("fp16", 8))
-        for weight in sorted({c_type, "float"})
-        for n, threads in ((widest, 32), (widest, 256), (1, 256))
-    }
-    | {f"sum_partial<{c_type}>": 32 for c_type in ("float", "bf16", "fp16")},
+    "rms_norm.cu", cuda.norm_instances({"forward": {32: 56, 256: 56}, "backward": {32: 168, 256: 112}})
 )
 
 
-def _weight_of(x, weight):
-    """The weight in x's dtype or in float32, which the kernels take beside it."""
-    return cuda.contiguous(weight, None if weight.dtype == x.dtype else np.float32)
-
-
-def _instance(kernel, weight, *arrays):
-    """(instance, threads per row, rows per block)."""
-    x = arrays[0]
-    n = 16 // x.itemsize if cuda.wide(weight, *arrays) else 1
-    threads = 32 if n > 1 and x.shape[-1] <= _WARP else 256
-    instance = f"{kernel}<{cuda.c_type(x)}, {cuda.c_type(weight)}, {n}, {threads}>"
-    return instance, threads, 4 if threads == 32 else 1
-
-
 def cuda_forward(x, weight, eps):
-    x, weight = cuda.contiguous(x), _weight_of(x, weight)
+    x, weight = cuda.contiguous(x), cuda.norm_weight(x, weight)
     y, D = empty(x, x.shape), x.shape[-1]
     r = empty(x, (math.prod(x.shape[:-1]),), np.float32)
-    instance, threads, rows = _instance("forward", weight, x, y)
+    instance, threads, rows = cuda.norm_plan("forward", x, weight, y)
     arguments = x, weight, np.int32(r.size), np.int32(D), np.float32(eps), y, r
-    _SOURCE.launch(instance, -(-r.size // rows), rows * threads, arguments)
+    _SOURCE.launch(instance, -(-r.size // rows), threads, arguments)
     return y, r
 
 
 def cuda_backward(dy, x, weight, r):
-    x, dy, w = cuda.contiguous(x), cuda.contiguous(dy, x.dtype), _weight_of(x, weight)
+    x, dy, w = cuda.contiguous(x), cuda.contiguous(dy, x.dtype), cuda.norm_weight(x, weight)
     dx, r, D = empty(x, x.shape), cuda.contiguous(r, np.float32), x.shape[-1]
-    instance, threads, rows = _instance("backward", w, x, dy, dx)
-    blocks = min(-(-r.size // rows), _PARTIAL[threads])
+    instance, threads, rows = cuda.norm_plan("backward", x, w, dy, dx)
+    blocks = min(-(-r.size // rows), _PARTIAL[rows])
     partial, dweight = empty(x, (blocks, D), np.float32), empty(x, (D,), w.dtype)
     arguments = dy, x, w, r, np.int32(r.size), np.int32(D), dx, partial
-    _SOURCE.launch(instance, blocks, rows * threads, arguments, shared=4 * rows * D if threads == 32 else 0)
+    _SOURCE.launch(instance, blocks, threads, arguments, shared=4 * rows * D if rows > 1 else 0)
     arguments = partial, np.int32(blocks), np.int32(D), dweight
     _SOURCE.launch(f"sum_partial<{cuda.c_type(w)}>", -(-D // 32), 1024, arguments)
     return dx, dweight.astype(weight.dtype, copy=False)

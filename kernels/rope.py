@@ -70,11 +70,7 @@ _ACCESSES = 512  # to each half of its heads by one block: 2 by each of its 256 
 
 _SOURCE = cuda.Source(
     "rope.cu",
-    {
-        f"rotate<{c_type}, {n}>": 32 if n == 1 else 64
-        for c_type, widest in (("float", 4), ("bf16", 8), ("fp16", 8))
-        for n in (widest, 1)
-    },
+    {f"rotate<{c_type}, {n}>": 32 if n == 1 else 64 for c_type, widest in cuda.WIDEST.items() for n in (widest, 1)},
 )
 
 

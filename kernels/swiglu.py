@@ -165,7 +165,7 @@ _SOURCE = cuda.Source(
     {
         f"{kernel}<{c_type}, {n}>": 32 if n == 1 else 64
         for kernel in ("silu_forward", "silu_backward", "forward", "backward")
-        for c_type, widest in (("float", 4), ("bf16", 8), ("fp16", 8))
+        for c_type, widest in cuda.WIDEST.items()
         for n in (widest, 1)
     },
 )

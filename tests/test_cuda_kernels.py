@@ -212,7 +212,7 @@ SIZES = {
 @pytest.fixture(autouse=True)
 def few_blocks(monkeypatch):
     """Two blocks have all rows of a norm's backward, so that each has several."""
-    monkeypatch.setattr(rms_norm, "_PARTIAL", {32: 2, 256: 2})
+    monkeypatch.setattr(rms_norm, "_PARTIAL", {4: 2, 1: 2})
     monkeypatch.setattr(layer_norm, "_PARTIAL", 2)
 
 
