@@ -56,7 +56,7 @@ class Kernel:
     Calling a Kernel runs the fastest version for the first array's device and dtype, or the reference where there is
     none.
     MINILLM_KERNELS in the environment names another version for all calls: `reference`, or one that is taken wherever a
-    kernel has it for the array's device.
+    kernel has it for the array's device and dtype.
     """
 
     def __init__(self, name, *, reference, versions, example, saved=lambda *args: args, operations=lambda *args: 0):
