@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -675,7 +676,7 @@ def summary(config, notes):
         yield f"reward model: {asked} of clean pairs ranked right about facts it was asked, {held} about held-out facts"
     total = duration(sum(found["seconds"] for found in stages.values()))
     yield f"{stages['pretrain']['parameters']:,} parameters, seed {config.seed}, {total}: {config.out / 'report.html'}"
-    yield f"python scripts/chat.py {config.out / 'ppo'}"
+    yield f"python scripts/chat.py {shlex.quote(str(config.out / 'ppo'))}"
 
 
 # The curves of the page: (title, metric, stages, prefixes). A curve that a run does not have is left out.

@@ -254,7 +254,8 @@ class Tokenizer:
     def decode(self, ids, skip_special=False):
         """The text of a sequence of ids. Control tokens give their names, or nothing with `skip_special`.
 
-        Bytes that are no UTF-8 (a sequence may be cut inside a character) become U+FFFD. ValueError: no such id.
+        Bytes that are no UTF-8 (a sequence may be cut inside a character) become U+FFFD, and so do ids beyond the
+        vocabulary (see Decoder.push). ValueError: a negative id.
         """
         decoder = self.decoder(skip_special)
         return "".join(map(decoder.push, ids)) + decoder.flush()
@@ -274,7 +275,10 @@ class Decoder:
         self._adds_blank = tokenizer._adds_blank
 
     def push(self, token_id):
-        """The text that this token completes, which may be empty. ValueError: no such id."""
+        """The text that this token completes, which may be empty. A model may have more rows than its tokenizer has
+        tokens (a size that is rounded up): one of those is U+FFFD. ValueError: a negative id."""
+        if token_id >= 0 and int(token_id) not in self._tokenizer._bytes:
+            return self._utf8.decode(b"\xff")
         spelt = self._tokenizer.token_bytes(token_id)
         if self._adds_blank and token_id not in self._tokenizer._control_ids:
             spelt, self._adds_blank = spelt.removeprefix(b" "), False

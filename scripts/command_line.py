@@ -51,10 +51,15 @@ def parse(config, description, arguments=None):
         except BrokenPipeError:  # `| head` has seen enough; Python would complain once more when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    seen = set()
     for argument in arguments:
         flag = argument.partition("=")[0].replace("_", "-")
         if re.match("--|-[A-Za-z]", flag) and flag not in options:
             fail(f"Unrecognized options: {argument}" + _suggestion(flag, options))
+        if flag in options and flag in seen:
+            several = ": its values stand behind one" if options[flag].values.endswith("...") else ""
+            fail(f"{flag} is given twice{several}")
+        seen.add(flag)
     arguments = list(_for_tyro(arguments, options, config))
     try:
         before = _before(config, arguments)
@@ -193,6 +198,9 @@ def _say(message, code):
 
 def run(main, options):
     """main(options), with an error of one line for what the user can mend; quiet on Ctrl-C and on a closed pipe."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal or a file of another encoding does not end a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(options)
         sys.stdout.flush()  # a pipe that is closed is found out here, and not when Python ends

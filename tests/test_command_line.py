@@ -238,6 +238,8 @@ def make_world():
     for folder in ("full", "foreign"):
         Path(folder).mkdir()
         (Path(folder) / "thesis.txt").write_text("mine", encoding="utf-8")
+    (Path("kept") / "inner").mkdir(parents=True)
+    (Path("kept") / "settings.json").write_text("{}", encoding="utf-8")
     Path("file").write_text("", encoding="utf-8")
     Path("bytes.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
     Path("bytes.jinja").write_bytes(b"{{ messages }}\xff")
@@ -346,6 +348,9 @@ WRONG = [  # script, what is added to its good command line (a later option goes
     ("dpo", "--out file", 1, "file is a file, and has to be a folder"),
     ("reward", "--out file/below", 1, "file/below: Not a directory"),
     ("prepare", "--out full", 1, "full is not empty: take another --out, or replace it with --overwrite True"),
+    ("sft", "--out kept --overwrite", 1, "kept/inner would be removed, and a trainer did not make it: take another"),
+    ("sft", "--data a --data b", 2, "--data is given twice: its values stand behind one"),
+    ("sft", "--seed 1 --seed=2", 2, "--seed is given twice"),
     ("prepare", "--out full --overwrite", 1, "full is not empty, and was not made by prepare.py: take another --out"),
 ]  # fmt: skip
 

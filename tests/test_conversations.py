@@ -266,7 +266,7 @@ def test_a_template_that_marks_no_answers_is_named_as_the_reason():
     plain = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
     marked = "{% for m in messages %}{{ m.role }}{%- generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     given = [C.Conversation("x:1", talk("a", "b"), {})]
-    reason = r"1 with no token to train \(first: x:1: the Jinja template marks no answer with {% generation %}\)"
+    reason = r"1 with no token to train \(first: x:1: the Jinja template marks no .*: take --template chatml\)"
     with pytest.raises(ValueError, match=reason):
         C.encode_conversations(given, plain, TOKENIZER, 200).checked("--data")
     with pytest.raises(ValueError, match=reason):
@@ -342,3 +342,40 @@ def test_every_template_takes_real_dialogues(name, template):
     rows = list(read(DATA / name))[::60]
     found = encode(rows, template, TOKENIZER, 100_000)
     assert len(found) == len(rows) and not found.left_out
+
+
+# ------------------------------------------------------------------ answers that bring their turns along
+
+TALK = [SYSTEM("Be brief."), *talk("Hello there", "Yes?", "What is the capital of Kenya?")]
+
+
+def after(turns, *answers):
+    return [[*turns, ASSISTANT(text)] for text in answers]
+
+
+@pytest.mark.parametrize("prompt", [{}, {"prompt": "Hello there"}, {"prompt": TALK}])
+def test_turns_before_the_answers_are_their_prompt(prompt, file):
+    chosen, rejected = after(TALK, "Nairobi.", "Lima.")
+    (found,) = C.read_preferences(file(prompt | {"chosen": chosen, "rejected": rejected}))
+    assert found.prompt == TALK and found.answers == ["Nairobi.", "Lima."]
+    (found,) = C.read_preferences(file(prompt | {"ranked": [rejected, chosen]}))
+    assert found.prompt == TALK and found.answers == ["Lima.", "Nairobi."]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "message"),
+    [
+        ({"prompt": "Hello there"}, after(TALK, "a")[0], "b", "do not follow the same messages"),
+        ({}, after(TALK, "a")[0], after(TALK[1:], "b")[0], "do not follow the same messages"),
+        ({"prompt": "Other"}, after(TALK, "a")[0], after(TALK, "b")[0], "do not have the prompt among them"),
+        ({}, after(TALK[:3], "a")[0], after(TALK[:3], "b")[0], "follows a turn of the user, not of 'assistant'"),
+    ],
+)
+def test_turns_that_do_not_belong_together_are_refused(prompt, chosen, rejected, message, file):
+    with pytest.raises(ValueError, match=message):
+        list(C.read_preferences(file(prompt | {"chosen": chosen, "rejected": rejected})))
+
+
+def test_an_empty_answer_is_left_out_and_counted():
+    found = C.encode_conversations([C.Conversation("x:1", talk("Hi", " "), {})], "chatml", TOKENIZER, 100)
+    assert not found and found.summary() == "1 with an empty answer (first: x:1)"

@@ -190,7 +190,16 @@ def test_control_tokens_are_shown_or_skipped(trained):
     assert trained.decode([]) == ""
 
 
-@pytest.mark.parametrize("token_id", [-1, -100, 400, 65535])
+@pytest.mark.parametrize("token_id", [400, 65535])
+def test_an_id_beyond_the_vocabulary_is_a_replacement_character(trained, token_id):
+    """Embeddings are often rounded up, and a model can draw a row that no token has."""
+    the = trained.encode("the")
+    assert trained.decode([*the, token_id, *the], skip_special=True) == "the\N{REPLACEMENT CHARACTER}the"
+    with pytest.raises(ValueError, match=f"id {token_id} is not in the vocabulary of {trained.vocab_size}"):
+        trained.token_bytes(token_id)
+
+
+@pytest.mark.parametrize("token_id", [-1, -100])
 def test_an_id_that_is_none_is_refused(trained, token_id):
     with pytest.raises(ValueError, match=f"id {token_id} is not in the vocabulary of {trained.vocab_size}"):
         trained.decode([0, token_id])

@@ -1,6 +1,7 @@
 """What the trainers share, and the two that learn to predict the next token."""
 
 import dataclasses
+import io
 import json
 import math
 import time
@@ -565,6 +566,30 @@ def test_evaluations_are_no_part_of_the_speed(tmp_path, monkeypatch):
             run.count(100)
     (row,) = [r for r in rows_of(tmp_path / "out/metrics.jsonl") if "num_tokens" in r]
     assert row["tokens_per_second"] == 200
+
+
+def test_a_run_outlives_who_reads_it(tmp_path, monkeypatch):
+    """`pretrain.py ... | head`: the lines go nowhere, and the run goes on."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+    @run_module.in_its_folder
+    def train(config):
+        run_module.claim(config)
+        with run_module.Run(config, 3) as run:
+            for _ in run.steps(lambda: {"eval_loss": 1.0}):
+                print("a line", flush=True)
+                run.add({"loss": 1.5})
+
+    config = Settings(out=tmp_path / "out", lr=0.1, warmup=0.0, schedule="constant", log_every=1)
+    monkeypatch.setattr("sys.stdout", Closed())
+    train(config)
+    assert [r["step"] for r in rows_of(tmp_path / "out/metrics.jsonl") if "loss" in r] == [1, 2, 3]
 
 
 def test_what_is_not_finite_is_null_in_the_rows(tmp_path):

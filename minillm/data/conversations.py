@@ -8,7 +8,8 @@ Conversations, preferences and prompts: JSON lines of these shapes become exampl
     {"messages": [... up to a user's turn]} or {"prompt": ...}                             prompts
 
 A prompt is a string (one user turn), messages, or a transcript "\\n\\nHuman: ...\\n\\nAssistant: ..."; a chosen or
-rejected answer is a string, or messages whose last one, the assistant's, counts. Other fields are left alone.
+rejected answer is a string, or messages that end with it. Messages before it are the prompt, which then need not stand
+by itself; where it does, they have to have its last turn among them. Other fields are left alone.
 
 Rows that can not be used (too long, nothing to train, chosen equal to rejected, turns that the template has no place
 for) are left out and counted in an `Examples`, never cut: an answer without its end teaches a model not to stop.
@@ -27,6 +28,7 @@ from .readers import read_rows
 
 TUNED = '{"messages": [...]} or {"prompt": ..., "response": ...}'
 COMPARED = '{"prompt": ..., "chosen": ..., "rejected": ...} or {"prompt": ..., "ranked": [best, ...]}'
+PROMPTS = ("messages", "prompt_messages", "prompt")  # the fields that a prompt may stand in, the first that is there
 MISFIT = "that the template has no place for"
 TODAY = datetime(2024, 7, 26)  # for templates that write the date: examples are the same on any day. Llama 3.2's own
 
@@ -111,7 +113,9 @@ def read_preferences(path, bad=None):
     def parse(where, row):
         if "ranked" not in row and not {"chosen", "rejected"} & row.keys():
             raise ValueError(f"chosen is missing: {COMPARED} is needed")
-        ranked = row["ranked"] if "ranked" in row else [_answer(row, "chosen"), _answer(row, "rejected")]
+        ranked = row.get("ranked")
+        if "ranked" not in row:  # an answer alone, which is checked here, is a list of messages or a string
+            ranked = [row[name] for name in ("chosen", "rejected") if _answer(row, name)]
         if not isinstance(ranked, list) or len(ranked) < 2:
             raise ValueError("ranked has to be a list of at least two answers, the best first")
         groups = [group if _in_no_order(group) else [group] for group in ranked]
@@ -125,9 +129,27 @@ def read_preferences(path, bad=None):
             raise ValueError(f"preference is a probability, and is {preference}")
         if preference < 0.5 and ranks == (0, 1):  # then the second is the better one
             answers, preference, margin = answers[::-1], 1 - preference, -margin
-        return Preference(where, _messages(row, answered=False), answers, float(margin), float(preference), ranks)
+        prompt = _prompt_of(row, [answer for group in groups for answer in group])
+        return Preference(where, prompt, answers, float(margin), float(preference), ranks)
 
     yield from _parsed(path, bad, parse)
+
+
+def _prompt_of(row, answers):
+    """The messages that a row's answers follow: those that stand before each of them, or else the row's prompt."""
+    before = [answer[:-1] if isinstance(answer, list) else [] for answer in answers]
+    prompt = next(filter(None, before), None)
+    given = _messages(row, answered=False) if prompt is None or any(name in row for name in PROMPTS) else None
+    if prompt is None:
+        return given
+    if any(other != prompt if other else given != prompt for other in before):  # without messages, it follows the row's
+        raise ValueError("the answers do not follow the same messages")
+    check_messages(prompt)
+    if prompt[-1]["role"] != "user":
+        raise ValueError(f"an answer follows a turn of the user, not of {prompt[-1]['role']!r}")
+    if given and all(message["content"].strip() != given[-1]["content"].strip() for message in prompt):
+        raise ValueError("the messages before the answers do not have the prompt among them")
+    return prompt
 
 
 def _in_no_order(group):
@@ -155,9 +177,11 @@ def _parsed(path, bad, parse):
 
 def _messages(row, answered):
     """The messages of a row: with their last answer, or up to the user's last turn."""
-    field = next((name for name in ("messages", "prompt_messages", "prompt") if name in row), None)
+    field = next((name for name in PROMPTS if name in row), None)
     if field is None:
-        raise ValueError("neither messages nor a prompt")
+        found = ", ".join(map(repr, row)) or "nothing"
+        needed = TUNED if answered else '{"messages": [...]} or {"prompt": ...}'
+        raise ValueError(f"neither messages nor a prompt, but {found:.80}: {needed} is needed")
     messages = row[field]
     if field == "prompt" and isinstance(messages, str):
         if not messages.strip():
@@ -230,6 +254,9 @@ def encode_conversations(conversations, template, tokenizer, length):
     """Examples of (ids, mask) pairs of at most length + 1 tokens, for `pack`: what a model is tuned on."""
     examples = Examples()
     for conversation in conversations:
+        if any(m["role"] == "assistant" and not m["content"].strip() for m in conversation.messages):
+            examples.leave_out(conversation.where, "with an empty answer")
+            continue
         try:
             ids, mask = rendered(conversation.messages, template, tokenizer)
         except ValueError as error:
@@ -247,7 +274,7 @@ def encode_conversations(conversations, template, tokenizer, length):
 def _why_untrained(template):
     """What most checkpoints' own Jinja templates lack; "" where it is not that."""
     marked = template in TEMPLATES or re.search(r"\{%-?\s*generation\b", template)
-    return "" if marked else "the Jinja template marks no answer with {% generation %}"
+    return "" if marked else "the Jinja template marks no answer with {% generation %}: take --template chatml"
 
 
 def encode_answer(prompt, answer, template, tokenizer):

@@ -2,14 +2,17 @@
 
 import contextlib
 
-from ..checkpoint import LOCK, delete, locked
+from ..checkpoint import HIDDEN, LOCK, delete, locked
+
+KINDS = {".json", ".jsonl", ".jinja", ".safetensors", ".bin", ".idx", ".html", ".png"}  # of files that scripts write
 
 
-def check_out(out, overwrite, mark, maker, hint=""):
+def check_out(out, overwrite, mark, maker, folders=(), hint=""):
     """ValueError where the folder `out` can not be taken. Changes nothing.
 
-    mark   the file by which a folder is known to be of the same `maker`, a script's name: only such a one is replaced
-    hint   what else can be done where it is not empty
+    mark     the file by which a folder is known to be of the same `maker`, a script's name: only such a one is replaced
+    folders  what else such a folder has beside files of KINDS; anything else is somebody's own, and not removed
+    hint     what else can be done where it is not empty
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, and has to be a folder")
@@ -19,6 +22,10 @@ def check_out(out, overwrite, mark, maker, hint=""):
         raise ValueError(f"{out} is not empty: take another --out{hint}, or replace it with --overwrite True")
     if not (out / mark).exists():
         raise ValueError(f"{out} is not empty, and was not made by {maker}: take another --out, or remove it yourself")
+    for path in sorted(out.iterdir()):
+        ours = path.name in folders or path.name.startswith(HIDDEN) or (path.is_file() and path.suffix in KINDS)
+        if not ours and path.name != LOCK:
+            raise ValueError(f"{path} would be removed, and {maker} did not make it: take another --out, or move it")
 
 
 @contextlib.contextmanager

@@ -354,7 +354,7 @@ def prepare(settings, show_progress=False):
     sources = _without_prepared(settings.inputs, out)
     if unknown := settings.weights.keys() - {source.name for source in sources}:
         raise ValueError(f"--weights names the source {sorted(unknown)[0]!r}, and there is none of that name")
-    check_out(out, settings.overwrite, MANIFEST, "prepare.py")
+    check_out(out, settings.overwrite, MANIFEST, "prepare.py", ["text"])
     tokenizer = settings.tokenizer and Tokenizer.load(settings.tokenizer)
     with aside(out) as partial:
         report = _prepare(settings, sources, tokenizer, partial, show_progress)

@@ -71,7 +71,7 @@ def best_of_n(config):
     claim(config)
     first, best = [], []
     with open(config.out / "best.jsonl", "w", encoding="utf-8") as file:
-        for begin in tqdm(range(0, len(examples), config.batch_size), unit="batch"):
+        for begin in tqdm(range(0, len(examples), config.batch_size), unit="batch", disable=None):  # where nobody looks
             part = examples[begin : begin + config.batch_size]
             answers = generate(
                 model,

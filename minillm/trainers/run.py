@@ -74,6 +74,25 @@ class Stopped(KeyboardInterrupt):
 # ------------------------------------------------------------------ the folder
 
 
+class Unheard:
+    """A stream to which writing goes on when its reader has gone, as `| head` does: a run is not lost for that."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.flush()
+
+
 def in_its_folder(train):
     """train(config) with config.device and config.out checked first, and the folder locked until it ends."""
 
@@ -81,7 +100,7 @@ def in_its_folder(train):
     def alone(config):
         check_device(config.device)
         check_out(config)
-        with locked(config.out):
+        with locked(config.out), contextlib.redirect_stdout(Unheard(sys.stdout)):
             return train(config)
 
     return alone
@@ -95,7 +114,8 @@ def check_out(settings):
             raise ValueError(f"{out} has no {SETTINGS}: there is no run to resume")
         return
     hint = ", go on with it (--resume)" if (out / "checkpoints").exists() else ""
-    output.check_out(out, settings.overwrite, SETTINGS, "a trainer", hint)
+    folders = ["checkpoints", "adapter", "tensorboard"]
+    output.check_out(out, settings.overwrite, SETTINGS, "a trainer", folders, hint)
     for name, path in _paths(settings) if out.exists() else ():
         if name != "out" and path.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"--{name} {path} is in --out {out}, which would be replaced: take another --out")
