@@ -55,6 +55,9 @@ def texts_of(paths):
 
 def check_out(options):
     """ValueError where there is a file that is not to be replaced: an error now, not after the training."""
+    if (options.out.parent / "settings.json").exists():
+        folder = options.out.parent
+        raise ValueError(f"{folder} is the folder of a training run, with its own metrics: take another --out")
     for path in (options.out, options.out.with_name("metrics.jsonl")):
         if path.exists() and not options.overwrite:
             raise ValueError(f"{path} exists: take another --out, or replace it with --overwrite True")

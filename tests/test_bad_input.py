@@ -495,7 +495,7 @@ CASES = [
      "base/model.safetensors is not a classifier: its metadata has no classifier's settings: take another "
      "--out, or remove it yourself"),
     ("train_classifier", "!--positive text.jsonl --negative text.jsonl --out pretrained/new.safetensors", 1,
-     "pretrained/metrics.jsonl exists: take another --out, or replace it with --overwrite True"),
+     "pretrained is the folder of a training run, with its own metrics: take another --out"),
     ("plot", "!pretrained full", 1, "full has no metrics.jsonl: it is no folder of a training run"),
     ("plot", "!pretrained text", 1, "text has nothing to draw: its metrics.jsonl has no loss and no evaluation"),
     ("plot", "!pretrained --metrics kl", 1, "pretrained has nothing to draw: its metrics.jsonl has no kl"),

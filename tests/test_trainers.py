@@ -821,7 +821,7 @@ def test_pretraining_goes_on_with_a_model(prepared, tmp_path):
         pretrain.train(pretraining(tmp_path, prepared, "three", num_attention_heads=3))
 
 
-def test_sources_are_mixed_by_given_weights_else_the_manifests_else_by_tokens(tmp_path):
+def test_sources_are_mixed_by_given_weights_else_the_manifests_else_by_tokens(tmp_path, capsys):
     sources = {"a": {"train": phrases(60)}, "b": {"train": phrases(20)}}
     windows = lambda path: {n: Windows(f, 32) for n, f in pretrain.load_tokens(path, "train").items()}
     plain, weighted = (
@@ -840,6 +840,9 @@ def test_sources_are_mixed_by_given_weights_else_the_manifests_else_by_tokens(tm
     model, _ = pretrain.train(dataclasses.replace(config, tokens=256, samples=0))  # nothing is held out: no evaluation
     assert model.config.hidden_size == 16
     assert not any("eval_loss" in row for row in rows_of(tmp_path / "out/metrics.jsonl"))
+    assert capsys.readouterr().out.startswith(
+        "no text is held out, and so nothing is evaluated: prepare.py --validation"
+    )
 
 
 def test_an_evaluation_sees_rows_from_all_over_the_held_out_text(tmp_path, monkeypatch):

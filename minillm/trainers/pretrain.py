@@ -133,6 +133,8 @@ def train(config):
     spread = [np.linspace(0, len(rows) - 1, min(config.eval_rows, len(rows))).astype(int) for rows in tests]
     held_out = [rows.rows(some) for rows, some in zip(tests, spread, strict=True)]
     claim(config)
+    if not held_out:
+        print("no text is held out, and so nothing is evaluated: prepare.py --validation says how much is")
     optimizer = config.optimizer(model.parameters)
     update = updates_of(config, model, optimizer)
     steps = math.ceil(config.tokens / (config.batch_size * config.length))
